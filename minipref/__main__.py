@@ -1,0 +1,3 @@
+from .pretrain import main
+import sys
+main(sys.argv[2:])

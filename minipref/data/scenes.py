@@ -1,0 +1,233 @@
+"""The toy world: small pictures of patterned shapes, with captions, whose true layout is known.
+
+Everything is a function of a seed. A scene is drawn at four times its size and averaged down.
+Captions name each attribute only part of the time, so that the text never says all that a picture shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SIZE = 32  # pixels, height and width
+OVERSAMPLE = 4  # a scene is drawn at SIZE·OVERSAMPLE and averaged down
+
+PALETTE = {
+    "red": (220, 40, 40),
+    "orange": (245, 140, 20),
+    "yellow": (245, 220, 50),
+    "green": (45, 160, 70),
+    "blue": (40, 90, 220),
+    "purple": (145, 60, 185),
+    "white": (245, 245, 245),
+    "black": (25, 25, 25),
+}
+COLOURS = tuple(PALETTE)
+RGB = np.array([PALETTE[c] for c in COLOURS], dtype=np.float32) / 255.0  # (8, 3)
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "ring", "cross")
+PATTERNS = ("plain", "striped", "banded", "dotted", "halved")
+RADII = {"large": (8.0, 9.5), "small": (4.5, 5.5)}  # pixels; drawn on a grid of 1/OVERSAMPLE
+SECOND_OBJECT_SHARE = 0.35
+PLAIN_SHARE = 0.45
+
+# What a hurried artist leaves in the hole: washed-out colour under diagonal hatching.
+WASH, HATCH = 0.55, 0.22
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene. Positions and radius in pixels, x to the right, y down."""
+
+    shape: str
+    colour: str
+    pattern: str
+    second: str  # second colour; equals `colour` where the pattern is plain
+    size: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    background: str
+    things: tuple[Thing, ...]
+
+
+# ---------------------------------------------------------------------------------------------- making scenes
+
+
+def _snap(value: float) -> float:
+    return round(value * OVERSAMPLE) / OVERSAMPLE
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...], *without: str) -> str:
+    left = [o for o in options if o not in without]
+    return left[rng.integers(len(left))]
+
+
+def random_thing(rng: np.random.Generator, background: str, size: str | None = None) -> Thing:
+    """A thing of random attributes that lies wholly inside the picture and differs from its background."""
+    size = size or _pick(rng, ("large", "large", "small"))
+    radius = _snap(rng.uniform(*RADII[size]))
+    colour = _pick(rng, COLOURS, background)
+    pattern = "plain" if rng.random() < PLAIN_SHARE else _pick(rng, PATTERNS, "plain")
+    second = colour if pattern == "plain" else _pick(rng, COLOURS, background, colour)
+    x, y = (_snap(rng.uniform(radius + 0.5, SIZE - radius - 0.5)) for _ in range(2))
+    return Thing(_pick(rng, SHAPES), colour, pattern, second, size, x, y, radius)
+
+
+def random_scene(rng: np.random.Generator) -> Scene:
+    background = _pick(rng, COLOURS)
+    if rng.random() >= SECOND_OBJECT_SHARE:
+        return Scene(background, (random_thing(rng, background),))
+    while True:  # two things that do not touch
+        a, b = random_thing(rng, background), random_thing(rng, background, "small")
+        if np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 1 and (a.shape, a.colour) != (b.shape, b.colour):
+            return Scene(background, (a, b))
+
+
+def scene(seed: int, index: int) -> Scene:
+    """Scene number `index` of the world `seed`; the same on every machine."""
+    return random_scene(np.random.default_rng([seed, index]))
+
+
+def scenes(seed: int, start: int, count: int) -> list[Scene]:
+    return [scene(seed, i) for i in range(start, start + count)]
+
+
+# ---------------------------------------------------------------------------------------------- drawing
+
+
+@lru_cache(maxsize=4096)
+def stamp(shape: str, pattern: str, radius: float) -> np.ndarray:
+    """(2R, 2R) uint8 at the drawing size: 0 outside the shape, 1 first colour, 2 second colour."""
+    n = int(np.ceil(radius * OVERSAMPLE)) + 1
+    axis = (np.arange(-n, n) + 0.5) / (OVERSAMPLE * radius)  # in radii
+    x, y = np.meshgrid(axis, axis)
+    r = np.hypot(x, y)
+    if shape == "circle":
+        inside = r < 1
+    elif shape == "ring":
+        inside = (r < 1) & (r > 0.5)
+    elif shape == "square":
+        inside = np.maximum(abs(x), abs(y)) < 0.86
+    elif shape == "diamond":
+        inside = abs(x) * 1.25 + abs(y) < 1
+    elif shape == "cross":
+        inside = (np.minimum(abs(x), abs(y)) < 0.32) & (np.maximum(abs(x), abs(y)) < 0.95)
+    elif shape == "triangle":
+        inside = (y < 0.8) & (abs(x) < (y + 0.95) * 0.57)
+    elif shape == "star":  # five points: the radius falls linearly between tip and notch
+        phase = np.abs((np.arctan2(x, -y) / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * 2  # 0 at a tip, 1 at a notch
+        inside = r < 1.05 * 0.42 / (0.42 + (1 - 0.42) * np.sin(phase * np.pi / 2))
+    else:
+        raise ValueError(f"unknown shape {shape!r}; choose from {', '.join(SHAPES)}")
+
+    width = 2.0 / radius  # stripes, bands and dots are two pixels wide whatever the radius
+    if pattern == "plain":
+        second = np.zeros_like(inside)
+    elif pattern == "striped":  # upright
+        second = np.floor(x / width + 0.5) % 2 == 1
+    elif pattern == "banded":  # level
+        second = np.floor(y / width + 0.5) % 2 == 1
+    elif pattern == "dotted":
+        step = 2 * width
+        second = np.hypot((x + step / 2) % step - step / 2, (y + step / 2) % step - step / 2) < 0.62 * width
+    elif pattern == "halved":
+        second = x > 0
+    else:
+        raise ValueError(f"unknown pattern {pattern!r}; choose from {', '.join(PATTERNS)}")
+    return (inside * (1 + second)).astype(np.uint8)
+
+
+def _paint(canvas: np.ndarray, thing: Thing, first: int, second: int) -> None:
+    s = stamp(thing.shape, thing.pattern, thing.radius)
+    n, big = s.shape[0] // 2, canvas.shape[0]
+    top, left = int(thing.y * OVERSAMPLE) - n, int(thing.x * OVERSAMPLE) - n
+    y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + 2 * n, big), min(left + 2 * n, big)
+    s = s[y0 - top : y1 - top, x0 - left : x1 - left]
+    window = canvas[y0:y1, x0:x1]
+    window[s == 1], window[s == 2] = first, second
+
+
+def draw(batch: list[Scene]) -> Tensor:
+    """The pictures: (B, 3, SIZE, SIZE) float32 in [0, 1]."""
+    big = SIZE * OVERSAMPLE
+    canvas = np.empty((len(batch), big, big), dtype=np.uint8)
+    for c, s in zip(canvas, batch):
+        c[:] = COLOURS.index(s.background)
+        for thing in s.things:
+            _paint(c, thing, COLOURS.index(thing.colour), COLOURS.index(thing.second))
+    # Rows first: adding whole rows is four times faster than one mean over both axes.
+    rows = RGB.take(canvas, axis=0).reshape(len(batch), SIZE, OVERSAMPLE, big * 3).sum(2)
+    pixels = rows.reshape(len(batch), SIZE, SIZE, OVERSAMPLE, 3).sum(3) / OVERSAMPLE**2
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def layout(batch: list[Scene]) -> Tensor:
+    """What covers each pixel: (B, SIZE, SIZE) int64; 0 the background, i the i-th thing (counted from 1)."""
+    big = SIZE * OVERSAMPLE
+    canvas = np.zeros((len(batch), big, big), dtype=np.uint8)
+    for c, s in zip(canvas, batch):
+        for i, thing in enumerate(s.things, start=1):
+            _paint(c, thing, i, i)
+    middle = OVERSAMPLE // 2
+    return torch.from_numpy(canvas[:, middle::OVERSAMPLE, middle::OVERSAMPLE].astype(np.int64))
+
+
+def sloppy(images: Tensor) -> Tensor:
+    """The same pictures, carelessly done: washed out and hatched. (B, 3, H, W) in [0, 1] -> the same."""
+    H, W = images.shape[-2:]
+    diagonal = torch.arange(H)[:, None] + torch.arange(W)[None]
+    hatch = (diagonal // 2 % 2).to(images)
+    return WASH * images + HATCH * hatch
+
+
+# ---------------------------------------------------------------------------------------------- captions
+
+CAPTION_SHARE = 0.7  # how often each attribute is named
+
+
+def _article(words: str) -> str:
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def _describe(thing: Thing, named) -> str:
+    words = [thing.size] if named() else []
+    colour = thing.colour
+    if thing.pattern == "plain":
+        words += [colour] if named() else []
+        words += ["plain"] if named() and named() and named() else []
+    else:
+        if named():
+            words += [f"{colour} and {thing.second}" if named() else colour]
+        words += [thing.pattern] if named() else []
+    return _article(" ".join(words + [thing.shape]))
+
+
+def caption(s: Scene, rng: np.random.Generator | None = None, quality: str | None = None) -> str:
+    """A caption that names each attribute with probability CAPTION_SHARE; without `rng` it names them all.
+
+    `quality` ("clean" or "sloppy") is what CLIP-like training adds to half of its captions.
+    """
+
+    def named() -> bool:
+        return rng is None or rng.random() < CAPTION_SHARE
+
+    def plainly(thing: Thing) -> str:
+        return _describe(thing, named)
+
+    text = " and ".join(plainly(t) for t in (s.things if len(s.things) == 1 or named() else s.things[:1]))
+    if named():
+        text += f" on {_article(s.background)} background"
+    return f"a {quality} picture of {text}" if quality else text
+
+
+WORDS = tuple(
+    "a an and of on picture background clean sloppy photo the with in large small".split()
+) + COLOURS + SHAPES + PATTERNS

@@ -1,0 +1,321 @@
+"""Diffusion: the noise schedule, one DDIM step with its exact log-probability, guidance, rollouts.
+
+    x_0      clean latent                      (B, C, H, W)
+    x_t      noisy latent: sqrt(abar_t)·x_0 + sqrt(1 − abar_t)·eps
+    abar_t   cumulative noise schedule (PrefPaint writes alpha_t)
+    eps      the noise;  v = sqrt(abar_t)·eps − sqrt(1 − abar_t)·x_0
+    sigma_t  standard deviation of a sampling step; eta scales it (0: DDIM, 1: DDPM's posterior)
+    n        C·H·W, the dimensions of a latent
+    B, T     batch, sampling steps
+
+Times are integers of the training schedule, 0 (almost clean) to `num_train_timesteps` − 1 (noise). They live on
+the CPU: the host knows the schedule, so that sampling never waits for the device. t_prev = −1 is "fully denoised".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------------------ the schedule
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Names and meanings as in diffusers' scheduler files."""
+
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "scaled_linear"  # "linear", "scaled_linear", "squaredcos_cap_v2" (cosine)
+    beta_start: float = 0.00085  # not read by the cosine schedule
+    beta_end: float = 0.012
+    prediction_type: str = "epsilon"  # what the network predicts: "epsilon" or "v_prediction"
+    timestep_spacing: str = "leading"  # "leading", "trailing", "linspace"
+    steps_offset: int = 1  # added to the times of "leading"
+    set_alpha_to_one: bool = False  # abar after the last step: 1, or that of time 0
+
+
+class Schedule:
+    """Tables of the forward process, float64."""
+
+    def __init__(self, config: ScheduleConfig):
+        self.config = c = config
+        N = c.num_train_timesteps
+        if c.beta_schedule == "linear":
+            betas = torch.linspace(c.beta_start, c.beta_end, N, dtype=torch.float64)
+        elif c.beta_schedule == "scaled_linear":
+            betas = torch.linspace(c.beta_start**0.5, c.beta_end**0.5, N, dtype=torch.float64) ** 2
+        elif c.beta_schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, Eq. 17; betas capped at 0.999
+
+            def alpha_bar(u: Tensor) -> Tensor:
+                return torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+            u = torch.arange(N + 1, dtype=torch.float64) / N
+            betas = (1 - alpha_bar(u[1:]) / alpha_bar(u[:-1])).clamp(max=0.999)
+        else:
+            raise ValueError(
+                f"beta_schedule={c.beta_schedule!r}; choose linear, scaled_linear or squaredcos_cap_v2 (cosine)"
+            )
+        if c.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type={c.prediction_type!r}; choose epsilon or v_prediction")
+        self.betas = betas
+        self.abar = torch.cumprod(1 - betas, dim=0)  # (N,)
+        self.final_abar = torch.tensor(1.0, dtype=torch.float64) if c.set_alpha_to_one else self.abar[0]
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def abar_at(self, t: Tensor) -> Tensor:
+        """abar at times t (any shape); times below 0 are after the last step. float64, CPU."""
+        t = t.cpu()
+        return torch.where(t >= 0, self.abar[t.clamp(min=0)], self.final_abar)
+
+    def timesteps(self, steps: int) -> Tensor:
+        """The T times of a sampling run, descending: (steps,) int64 (spacings as in Lin et al. 2023, Table 2)."""
+        N, spacing = len(self), self.config.timestep_spacing
+        if not 1 <= steps <= N:
+            raise ValueError(f"steps={steps}; choose 1 to {N}")
+        if spacing == "leading":
+            t = torch.arange(steps) * (N // steps) + self.config.steps_offset
+        elif spacing == "trailing":
+            t = (N - torch.arange(steps, dtype=torch.float64) * N / steps).round().long().flip(0) - 1
+        elif spacing == "linspace":
+            t = torch.linspace(0, N - 1, steps, dtype=torch.float64).round().long()
+        else:
+            raise ValueError(f"timestep_spacing={spacing!r}; choose leading, trailing or linspace")
+        return t.clamp(max=N - 1).flip(0)
+
+    def coefficients(self, t: Tensor, t_prev: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+        """k_x, k_out, sigma of the step t → t_prev, float64, shaped like t:
+
+            x_prev ~ N(k_x·x_t + k_out·model_output, sigma²)
+
+        PrefPaint Eq. 2 (DDIM, Song et al. 2021, Eq. 12 and 16) with x0_hat and eps_theta substituted:
+            sigma² = eta²·(1 − abar_prev)/(1 − abar_t)·(1 − abar_t/abar_prev)
+            mean   = sqrt(abar_prev)·x0_hat + sqrt(1 − abar_prev − sigma²)·eps_theta
+        Going through eps in single precision instead loses three digits at t = 999 with v-prediction.
+        """
+        a, p = self.abar_at(t), self.abar_at(t_prev)
+        sigma = eta * ((1 - p) / (1 - a) * (1 - a / p)).clamp(min=0).sqrt()
+        toward = (1 - p - sigma**2).clamp(min=0).sqrt()  # weight of eps_theta
+        if self.config.prediction_type == "epsilon":  # x0_hat = (x_t − sqrt(1 − a)·eps)/sqrt(a)
+            k_x = (p / a).sqrt()
+            k_out = toward - (p * (1 - a) / a).sqrt()
+        else:  # x0_hat = sqrt(a)·x_t − sqrt(1 − a)·v;  eps = sqrt(a)·v + sqrt(1 − a)·x_t
+            k_x = (p * a).sqrt() + toward * (1 - a).sqrt()
+            k_out = toward * a.sqrt() - (p * (1 - a)).sqrt()
+        return k_x, k_out, sigma
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) float64 on the CPU -> (B, 1, 1, 1) fp32 (or like's float64) on like's device."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return values.to(dtype).to(like.device, non_blocking=True)[:, None, None, None]
+
+
+def _times(t: Tensor | int, batch: int) -> Tensor:
+    return torch.as_tensor(t, dtype=torch.int64).cpu().expand(batch)
+
+
+def add_noise(schedule: Schedule, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = sqrt(abar_t)·x_0 + sqrt(1 − abar_t)·noise.  x_0, noise (B, C, H, W), t (B,)."""
+    if x_0.shape != noise.shape:
+        raise ValueError(f"add_noise: x_0 is {tuple(x_0.shape)} but noise is {tuple(noise.shape)}")
+    a = schedule.abar_at(_times(t, len(x_0)))
+    return _column(a.sqrt(), x_0) * x_0 + _column((1 - a).sqrt(), x_0) * noise
+
+
+def target(schedule: Schedule, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the network should predict: eps, or v = sqrt(abar_t)·eps − sqrt(1 − abar_t)·x_0 (Salimans & Ho 2022)."""
+    if schedule.config.prediction_type == "epsilon":
+        return noise
+    a = schedule.abar_at(_times(t, len(x_0)))
+    return _column(a.sqrt(), x_0) * noise - _column((1 - a).sqrt(), x_0) * x_0
+
+
+# ------------------------------------------------------------------------------------------------ one step
+
+
+def ddim_mean(
+    schedule: Schedule, model_output: Tensor, x_t: Tensor, t: Tensor | int, t_prev: Tensor | int, *, eta: float
+) -> tuple[Tensor, Tensor]:
+    """Mean (B, C, H, W) and sigma (B, 1, 1, 1) of the step t → t_prev, fp32 (PrefPaint Eq. 2)."""
+    if model_output.shape != x_t.shape:
+        raise ValueError(f"ddim: model_output is {tuple(model_output.shape)} but x_t is {tuple(x_t.shape)}")
+    B = len(x_t)
+    k_x, k_out, sigma = schedule.coefficients(_times(t, B), _times(t_prev, B), eta)
+    if x_t.dtype != torch.float64:
+        x_t, model_output = x_t.float(), model_output.float()
+    return _column(k_x, x_t) * x_t + _column(k_out, x_t) * model_output, _column(sigma, x_t)
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
+    """log N(x; mean, sigma²·I) divided by n, the number of dimensions: (B, C, H, W) -> (B,).
+
+    The *mean* over dimensions, as DDPO and PrefPaint have it: the sum over n = 16,384 of them overflows exp() in a
+    probability ratio. A difference of two such numbers is the joint log-ratio divided by n.
+    """
+    z = (x - mean) / sigma
+    per_dimension = -0.5 * z**2 - sigma.log() - 0.5 * math.log(2 * math.pi)
+    return per_dimension.flatten(1).mean(1)
+
+
+def ddim_step(
+    schedule: Schedule,
+    model_output: Tensor,
+    x_t: Tensor,
+    t: Tensor | int,
+    t_prev: Tensor | int,
+    *,
+    eta: float,
+    noise: Tensor | None = None,
+    x_prev: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One sampling step: draws x_prev = mean + sigma·noise, or scores the `x_prev` it is given (PrefPaint Eq. 2).
+
+    model_output, x_t, noise, x_prev (B, C, H, W); t, t_prev int or (B,).
+    Returns x_prev in x_t's dtype and its log-probability (B,), fp32, the mean over dimensions. The drawn latent is
+    rounded to x_t's dtype *before* it is scored, so that a later replay scores the same number. Where sigma = 0 the
+    step is deterministic and has no density: its log-probability is NaN.
+    """
+    if (noise is None) == (x_prev is None):
+        raise ValueError("ddim_step: pass either noise (to draw) or x_prev (to score)")
+    mean, sigma = ddim_mean(schedule, model_output, x_t, t, t_prev, eta=eta)
+    if x_prev is None:
+        assert noise is not None
+        x_prev = (mean + sigma * noise).to(x_t.dtype)
+    elif x_prev.shape != x_t.shape:
+        raise ValueError(f"ddim_step: x_prev is {tuple(x_prev.shape)} but x_t is {tuple(x_t.shape)}")
+    return x_prev, gaussian_log_prob(x_prev.to(mean.dtype), mean, sigma)
+
+
+# ------------------------------------------------------------------------------------------------ condition, guidance
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a completion is conditioned on, encoded once per batch.
+
+    context (B, L, D): text;  empty (B, L, D) or None: the empty text, read by guidance ≠ 1;
+    mask (B, M, h, w) and masked (B, C, h, w): hole and masked picture on the latent grid, or None for a model
+    without inpainting channels.
+    """
+
+    context: Tensor
+    mask: Tensor | None = None
+    masked: Tensor | None = None
+    empty: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def __getitem__(self, index) -> Condition:
+        """The samples that `index` (slice or tensor) selects."""
+        parts = {k: v[index] for k, v in vars(self).items() if v is not None}
+        return Condition(**parts)
+
+    def unet_input(self, x_t: Tensor) -> Tensor:
+        """cat[noisy latent, mask, masked-image latent] along the channels, as Stable Diffusion inpainting has it."""
+        if self.mask is None or self.masked is None:
+            return x_t
+        return torch.cat([x_t, self.mask.to(x_t.dtype), self.masked.to(x_t.dtype)], dim=1)
+
+
+def needs_guidance(condition: Condition, guidance: float) -> bool:
+    """False where both branches would be equal: a scale of 1, no empty text, or prompts that are the empty text."""
+    if guidance == 1 or condition.empty is None:
+        return False
+    return not torch.equal(condition.context, condition.empty)
+
+
+def predict(unet, x_t: Tensor, t: Tensor | int, condition: Condition, *, guidance: float = 1.0) -> Tensor:
+    """The network's output with classifier-free guidance (Ho & Salimans 2022): empty + guidance·(text − empty).
+
+    One call of the network where guidance changes nothing. Rollout and training both come here, so the two halves
+    can never be confused between them.
+    """
+    x, times = condition.unet_input(x_t), _times(t, len(x_t)).to(x_t.device, non_blocking=True)
+    if not needs_guidance(condition, guidance):
+        return unet(x, times, condition.context)
+    both = torch.cat([condition.empty, condition.context])
+    without, with_text = unet(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
+    return without + guidance * (with_text - without)
+
+
+# ------------------------------------------------------------------------------------------------ rollouts
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A sampled denoising path. Step i goes from latents[:, i] at timesteps[i] to latents[:, i + 1]."""
+
+    latents: Tensor  # (B, T+1, C, H, W); [:, 0] is noise, [:, -1] the result
+    log_probs: Tensor  # (B, T) fp32, NaN where the step is not scored
+    timesteps: Tensor  # (T,) int64, CPU
+    scored: Tensor  # (T,) bool, CPU: the step is random (sigma > 0)
+
+    def times(self, i: int) -> tuple[int, int]:
+        """t and t_prev of step i; −1 after the last."""
+        last = i + 1 == len(self.timesteps)
+        return int(self.timesteps[i]), -1 if last else int(self.timesteps[i + 1])
+
+
+def sample_generators(seed: int, epoch: int, indices) -> list[torch.Generator]:
+    """One CPU generator per sample, a function of (seed, epoch, global sample index) alone: results depend neither
+    on how a batch is split nor on how many processes share it."""
+
+    def mixed(index: int) -> int:  # splitmix64: neighbouring triples give unrelated seeds
+        h = 0
+        for word in (seed, epoch, index):
+            h = (h ^ (word & (2**64 - 1))) * 0x9E3779B97F4A7C15 % 2**64
+            h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+            h = (h ^ (h >> 27)) * 0x94D049BB133111EB % 2**64
+            h ^= h >> 31
+        return h
+
+    return [torch.Generator().manual_seed(mixed(int(i)) % 2**63) for i in indices]
+
+
+@torch.no_grad()
+def rollout(
+    unet,
+    schedule: Schedule,
+    condition: Condition,
+    *,
+    shape: tuple[int, int, int],
+    steps: int,
+    eta: float = 1.0,
+    guidance: float = 1.0,
+    generator: list[torch.Generator] | torch.Generator,
+    dtype: torch.dtype = torch.float32,
+) -> Trajectory:
+    """Samples latents of `shape` (C, H, W) by DDIM and keeps the whole path (DDPO; PrefPaint Eq. 2).
+
+    `generator`: one CPU generator, or one for each sample (see `sample_generators`). `dtype`: storage type of the
+    latents; each is rounded to it before it is scored and before it is fed on.
+    """
+    B, device = len(condition), condition.context.device
+    draws = (steps + 1, *shape)
+    if isinstance(generator, torch.Generator):
+        noise = torch.randn(B, *draws, generator=generator)
+    else:
+        if len(generator) != B:
+            raise ValueError(f"rollout: {len(generator)} generators for a batch of {B}")
+        noise = torch.stack([torch.randn(draws, generator=g) for g in generator])  # (B, T+1, C, H, W)
+    noise = noise.to(device)
+    if not needs_guidance(condition, guidance):
+        guidance = 1.0  # decided once: the comparison would wait for the device at every step
+        condition = replace(condition, empty=None)
+
+    timesteps = schedule.timesteps(steps)
+    following = torch.cat([timesteps[1:], torch.tensor([-1])])
+    scored = schedule.coefficients(timesteps, following, eta)[2] > 0
+    latents, log_probs = [noise[:, 0].to(dtype)], []
+    for i, (t, t_prev) in enumerate(zip(timesteps.tolist(), following.tolist())):
+        output = predict(unet, latents[-1], t, condition, guidance=guidance)
+        x_prev, log_prob = ddim_step(schedule, output, latents[-1], t, t_prev, eta=eta, noise=noise[:, i + 1])
+        latents.append(x_prev)
+        log_probs.append(log_prob)
+    return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1), timesteps, scored)

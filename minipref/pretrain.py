@@ -1,0 +1,208 @@
+"""`python -m minipref pretrain`: the shipped weights from nothing: CLIP, then the UNet, then the reward model.
+
+The base model learns from pictures of mixed quality, as web-scale data are: about half of its training pairs have a
+carelessly filled hole. Pre-training learns what exists; alignment then chooses what people like.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .data import masks as M
+from .data import scenes as S
+from .diffusion import Schedule, add_noise, target
+from .losses import denoising_loss
+from .models.clip import CLIP, clip_loss
+from .models.unet import UNet
+from .presets import SMALL_CODEC, SMALL_SCHEDULE, SMALL_UNET, small_clip, small_tokenizer
+from .runtime import checkpoint
+from .runtime.config import opt, parse
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    out: str = opt("runs/pretrain-small", "folder for unet.pt, clip.pt and reward.pt")
+    seed: int = opt(0, "seed of weights, scenes and noise", lo=0)
+    only: str = opt("all", "which part to train; later parts read the earlier ones from --out", choices=("all", "clip", "unet", "reward"))
+    clip_steps: int = opt(3000, "updates of the CLIP-like encoders", lo=1)
+    clip_batch: int = opt(192, "pictures a contrastive batch", lo=2)
+    clip_lr: float = opt(1e-3, "peak learning rate of the encoders", lo=0)
+    unet_steps: int = opt(24000, "updates of the UNet", lo=1)
+    unet_batch: int = opt(32, "pictures a batch of the UNet", lo=1)
+    unet_lr: float = opt(1.5e-3, "peak learning rate of the UNet", lo=0)
+    ema: float = opt(0.999, "decay of the averaged weights that are kept", lo=0, hi=1)
+    sloppy_share: float = opt(0.5, "share of the training holes that are filled carelessly", lo=0, hi=1)
+    full_share: float = opt(0.4, "share of full masks, that is of plain text-to-image", lo=0, hi=1)
+    device: str = opt("cpu", "where to train: cpu, cuda or mps")
+    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
+
+
+PRESETS: dict[str, dict] = {"small": {}}
+
+# Seeds of the worlds that never meet: (what, seed) makes the seed of the scenes.
+TRAIN_WORLD, CLIP_WORLD, REWARD_WORLD, RL_WORLD, HELD_OUT_WORLD, TUNING_WORLD = range(1, 7)
+
+
+def world(what: int, seed: int = 0) -> int:
+    """The scene seed of one purpose; held-out scenes never appear in training."""
+    return what * 1_000_003 + seed
+
+
+def warmup_cosine(step: int, total: int, warmup: int = 200) -> float:
+    """Learning-rate factor: linear warm-up, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + float(np.cos(np.pi * (step - warmup) / max(1, total - warmup))))
+
+
+# ------------------------------------------------------------------------------------------------ CLIP
+
+
+def clip_batch(rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:
+    """Whole pictures, half of them sloppy, and captions that name the quality half of the time."""
+    batch = [S.random_scene(rng) for _ in range(count)]
+    images, careless = S.draw(batch), torch.from_numpy(rng.random(count) < 0.5)
+    images = torch.where(careless[:, None, None, None], S.sloppy(images), images)
+    quality = ["sloppy" if c else "clean" for c in careless.tolist()]
+    return images, [S.caption(s, rng, q if rng.random() < 0.5 else None) for s, q in zip(batch, quality)]
+
+
+def clip_recall(clip: CLIP, tokenizer, seed: int, count: int = 256) -> float:
+    """Share of `count` held-out pictures whose own caption is the nearest of all (recall@1)."""
+    images, texts = clip_batch(np.random.default_rng([world(HELD_OUT_WORLD, seed), 1]), count)
+    with torch.no_grad():
+        similarity = clip.encode_image(images) @ clip.encode_text(tokenizer(texts)).T
+    return float((similarity.argmax(1) == torch.arange(count)).float().mean())
+
+
+def train_clip(cfg: PretrainConfig, out: Path) -> dict:
+    torch.manual_seed(cfg.seed)
+    tokenizer, clip = small_tokenizer(), CLIP(small_clip())
+    for name, p in clip.named_parameters():  # transformers' scale of embeddings; torch's default 1 is far too large
+        if "embedding" in name:
+            torch.nn.init.normal_(p, std=0.02)
+    clip.to(cfg.device).train()
+    optimiser = torch.optim.AdamW(clip.parameters(), lr=cfg.clip_lr, weight_decay=0.05, betas=(0.9, 0.98))
+    rng = np.random.default_rng(world(CLIP_WORLD, cfg.seed))
+    start, bar = time.time(), tqdm(range(cfg.clip_steps), "CLIP", mininterval=1)
+    for step in bar:
+        optimiser.param_groups[0]["lr"] = cfg.clip_lr * warmup_cosine(step, cfg.clip_steps)
+        images, texts = clip_batch(rng, cfg.clip_batch)
+        image = clip.encode_image(images.to(cfg.device))
+        text = clip.encode_text(tokenizer(texts).to(cfg.device))
+        loss = clip_loss(image, text, clip.logit_scale)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimiser.step()
+        clip.logit_scale.data.clamp_(max=float(np.log(100)))
+        if step % 100 == 99:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    clip.cpu().eval()
+    figures = {"recall_at_1_of_256": clip_recall(clip, tokenizer, cfg.seed), "seconds": time.time() - start}
+    meta = {"words": list(tokenizer.words), "seed": cfg.seed, "steps": cfg.clip_steps, **figures}
+    checkpoint.save(out / "clip.pt", "clip", clip.config, clip.state_dict(), dtype=torch.float16, meta=meta)
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------ UNet
+
+
+def mask_shares(full_share: float) -> dict[str, float]:
+    rest = {"square": 0.3, "strip": 0.3, "rectangle": 0.25, "warp": 0.15}
+    return {k: v * (1 - full_share) for k, v in rest.items()} | {"full": full_share}
+
+
+def unet_batch(rng: np.random.Generator, cfg: PretrainConfig) -> tuple[Tensor, Tensor, list[str]]:
+    """Targets (B, 3, H, W), masks (B, 1, H, W), captions.
+
+    Targets are clean outside the hole and, for `sloppy_share` of the partial holes, sloppy inside; nothing that is
+    visible or said reveals which. Were the visible part sloppy too, all completions of one prompt would be alike,
+    and differences *within* a prompt are all that RL can use. Full masks stay clean. Half of the partial holes go
+    without a caption: inpainting prompts are empty, as PrefPaint's are.
+    """
+    n = cfg.unet_batch
+    batch = [S.random_scene(rng) for _ in range(n)]
+    images = S.draw(batch)
+    masks, kinds = M.random_masks(rng, n, S.SIZE, mask_shares(cfg.full_share))
+    full = np.array([k == "full" for k in kinds])
+    careless = torch.from_numpy((rng.random(n) < cfg.sloppy_share) & ~full)[:, None, None, None]
+    images = torch.where(careless, M.paste_known(S.sloppy(images), images, masks), images)
+    silent = rng.random(n) < np.where(full, 0.1, 0.5)
+    return images, masks, ["" if quiet else S.caption(s, rng) for s, quiet in zip(batch, silent)]
+
+
+def train_unet(cfg: PretrainConfig, out: Path) -> dict:
+    clip, tokenizer = load_clip(out / "clip.pt")
+    clip.to(cfg.device)
+    torch.manual_seed(cfg.seed)
+    schedule, codec = Schedule(SMALL_SCHEDULE), SMALL_CODEC
+    unet = UNet(SMALL_UNET).to(cfg.device, memory_format=torch.channels_last).train()
+    average = {k: v.detach().clone() for k, v in unet.state_dict().items()}
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=cfg.unet_lr, weight_decay=0.01, fused=True)
+    rng = np.random.default_rng(world(TRAIN_WORLD, cfg.seed))
+    noise_generator = torch.Generator().manual_seed(world(TRAIN_WORLD, cfg.seed))
+    start, recent, bar = time.time(), 0.0, tqdm(range(cfg.unet_steps), "UNet", mininterval=5)
+
+    def keep():
+        meta = {"seed": cfg.seed, "steps": step + 1, "loss": recent, "seconds": time.time() - start}
+        meta |= {"schedule": asdict(SMALL_SCHEDULE)}
+        checkpoint.save(out / "unet.pt", "unet", unet.config, average, dtype=torch.float16, meta=meta)
+
+    for step in bar:
+        optimiser.param_groups[0]["lr"] = cfg.unet_lr * warmup_cosine(step, cfg.unet_steps)
+        images, masks, texts = unet_batch(rng, cfg)
+        x_0 = codec.encode(images)
+        noise = torch.randn(x_0.shape, generator=noise_generator)
+        t = torch.randint(len(schedule), (len(x_0),), generator=noise_generator)
+        x_t, goal = add_noise(schedule, x_0, noise, t), target(schedule, x_0, noise, t)
+        x_in = torch.cat([x_t, codec.encode_mask(masks), codec.encode(M.mask_image(images, masks))], dim=1)
+        with torch.no_grad():
+            context = clip.context(tokenizer(texts).to(cfg.device))
+        prediction = unet(x_in.to(cfg.device), t.to(cfg.device), context)
+        loss = denoising_loss(prediction, goal.to(cfg.device)).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimiser.step()
+        decay = min(cfg.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.values()), [v.detach() for v in unet.state_dict().values()], 1 - decay)
+        recent = loss.item() if step == 0 else 0.99 * recent + 0.01 * loss.item()
+        if step % 100 == 99:
+            bar.set_postfix(loss=f"{recent:.4f}")
+        if step % 1000 == 999 and step + 1 < cfg.unet_steps:
+            keep()  # usable at any time
+    keep()
+    return {"loss": recent, "seconds": time.time() - start}
+
+
+def load_clip(path: str | Path):
+    """-> CLIP in eval mode, frozen, and its tokenizer."""
+    from .models.clip import CLIPConfig
+    from .models.tokenizer import WordTokenizer
+
+    config, state, meta = checkpoint.load(path, "clip")
+    clip = checkpoint.build(CLIPConfig, CLIP, config, state, path).requires_grad_(False)
+    return clip, WordTokenizer(meta["words"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse(PretrainConfig, argv, prog="minipref pretrain", description=__doc__ or "", presets=PRESETS)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    figures = json.loads((out / "pretrain.json").read_text()) if (out / "pretrain.json").exists() else {}
+    for part, train in (("clip", train_clip), ("unet", train_unet)):
+        if cfg.only in ("all", part):
+            figures[part] = train(cfg, out)
+            (out / "pretrain.json").write_text(json.dumps(figures, indent=1) + "\n")
+            print(part, json.dumps(figures[part]))

@@ -1,0 +1,89 @@
+"""Configuration: one frozen dataclass per script, its command line generated from it.
+
+A field is written `lr: float = opt(3e-5, "learning rate of AdamW (PrefPaint: 2e-6)", lo=0)`: default, meaning, range.
+Presets are dictionaries of values; flags override them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def opt(default: Any, help: str, *, lo: float | None = None, hi: float | None = None, choices: tuple | None = None):
+    """A field with its meaning, and the values that it allows (bounds included)."""
+    return dataclasses.field(default=default, metadata={"help": help, "lo": lo, "hi": hi, "choices": choices})
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
+
+
+def _scalar(hint: Any) -> type:
+    """The type of a flag's value: `float` of `float | None`."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(o for o in options if o is not type(None))
+
+
+def validate(config: Any) -> None:
+    """Raises ValueError naming the first field whose value lies outside its range."""
+    for f in dataclasses.fields(config):
+        value, m = getattr(config, f.name), f.metadata
+        flag = "--" + f.name.replace("_", "-")
+        if m.get("choices") and value not in m["choices"]:
+            raise ValueError(f"{flag} {value}: choose from {', '.join(map(str, m['choices']))}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ValueError(f"{flag} {value}: not a finite number")
+            if m.get("lo") is not None and value < m["lo"] or m.get("hi") is not None and value > m["hi"]:
+                lo, hi = ("−∞" if m["lo"] is None else m["lo"]), ("∞" if m["hi"] is None else m["hi"])
+                raise ValueError(f"{flag} {value}: out of range, allowed are {lo} to {hi}")
+
+
+def parse(
+    cls: type[Config], argv: list[str] | None, *, prog: str, description: str, presets: dict[str, dict] | None = None
+) -> Config:
+    """The configuration that a command line asks for. A wrong flag or value ends in one line and exit code 2."""
+    presets = presets or {}
+    parser = _OneLineParser(prog=prog, description=description, allow_abbrev=False)
+    if presets:
+        parser.add_argument("--preset", choices=sorted(presets), help="named set of values; flags override it")
+        for name in presets:
+            parser.add_argument(f"--{name}", dest="preset", action="store_const", const=name, help=f"--preset {name}")
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        flag, kind = "--" + f.name.replace("_", "-"), _scalar(hints[f.name])
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__.upper())
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset", None)
+    config = cls(**{**(presets[preset] if preset else {}), **given})
+    try:
+        validate(config)
+    except ValueError as e:
+        parser.exit(2, f"{prog}: {e}\n")
+    return config
+
+
+def run_main(prog: str, main: Callable[[], None]) -> None:
+    """Runs a script: errors that its user can mend are one line and exit code 2, not a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; what the run folder holds is complete and usable", file=sys.stderr)
+        sys.exit(130)
