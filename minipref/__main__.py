@@ -1,3 +1,29 @@
-from .pretrain import main
+"""`python -m minipref COMMAND`."""
+
+from __future__ import annotations
+
 import sys
-main(sys.argv[2:])
+from importlib import import_module
+
+from .runtime.config import run_main
+
+COMMANDS = {
+    "pretrain": "the shipped weights from nothing: CLIP, UNet, reward model",
+    "sample": "complete pictures, base beside aligned",
+    "evaluate": "WinRate, rewards, KL and a grid of a run",
+}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: python -m minipref COMMAND [--help]\n")
+        print("\n".join(f"  {k:10s} {v}" for k, v in COMMANDS.items()))
+        return
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}; choose from {', '.join(COMMANDS)}")
+    import_module(f"minipref.{name}").main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    run_main("minipref", main)

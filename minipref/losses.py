@@ -1,9 +1,9 @@
 """Losses as pure functions of tensors.
 
-    A          advantage                          (B,)
-    gamma      trust weight of a sample           (B,)
-    log_prob   mean over the n dimensions of a step's Gaussian log-density (see diffusion.gaussian_log_prob)
-    r          probability ratio exp(log_prob − log_prob_old): the joint ratio to the power 1/n
+A          advantage                          (B,)
+gamma      trust weight of a sample           (B,)
+log_prob   mean over the n dimensions of a step's Gaussian log-density (see diffusion.gaussian_log_prob)
+r          probability ratio exp(log_prob − log_prob_old): the joint ratio to the power 1/n
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _same_shape(name: str, **tensors: Tensor) -> None:
 
 
 def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error per sample, in the network's own prediction space: (B, …) -> (B,)  (Ho et al. 2020, Eq. 14)."""
+    """Mean squared error per sample in the network's own prediction space: (B, …) -> (B,)  (Ho et al. 2020, Eq. 14)."""
     _same_shape("denoising_loss", prediction=prediction, target=target)
     return (prediction - target).square().flatten(1).mean(1)
 

@@ -14,24 +14,34 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from . import metrics
 from .data import masks as M
 from .data import scenes as S
+from .data.annotator import gold, mean_label, rate
+from .data.prompts import Prompts, scene_prompts
+from .data.scenes import CLIP_WORLD, HELD_OUT_WORLD, REWARD_WORLD, TRAIN_WORLD, world
 from .diffusion import Schedule, add_noise, target
 from .losses import denoising_loss
 from .models.clip import CLIP, clip_loss
 from .models.unet import UNet
+from .pipeline import Pipeline, load_clip
 from .presets import SMALL_CODEC, SMALL_SCHEDULE, SMALL_UNET, small_clip, small_tokenizer
+from .rewards import FeatureConfig, LearnedReward, RewardFeatures, ridge_fit, trust_from_quantiles
 from .runtime import checkpoint
 from .runtime.config import opt, parse
+from .runtime.runlog import progress
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     out: str = opt("runs/pretrain-small", "folder for unet.pt, clip.pt and reward.pt")
     seed: int = opt(0, "seed of weights, scenes and noise", lo=0)
-    only: str = opt("all", "which part to train; later parts read the earlier ones from --out", choices=("all", "clip", "unet", "reward"))
+    only: str = opt(
+        "all",
+        "which part to train; later parts read the earlier ones from --out",
+        choices=("all", "clip", "unet", "reward"),
+    )
     clip_steps: int = opt(3000, "updates of the CLIP-like encoders", lo=1)
     clip_batch: int = opt(192, "pictures a contrastive batch", lo=2)
     clip_lr: float = opt(1e-3, "peak learning rate of the encoders", lo=0)
@@ -41,19 +51,17 @@ class PretrainConfig:
     ema: float = opt(0.999, "decay of the averaged weights that are kept", lo=0, hi=1)
     sloppy_share: float = opt(0.5, "share of the training holes that are filled carelessly", lo=0, hi=1)
     full_share: float = opt(0.4, "share of full masks, that is of plain text-to-image", lo=0, hi=1)
+    reward_prompts: int = opt(1024, "prompts whose completions are rated for the reward model", lo=20)
+    reward_samples: int = opt(3, "completions rated a prompt, beside one that is widened", lo=2)
+    reward_steps: int = opt(6, "DDIM steps of a rated completion: those of RL", lo=2)
+    reward_epochs: int = opt(60, "passes over the first split's ratings", lo=1)
+    reward_lr: float = opt(2e-3, "peak learning rate of the reward features", lo=0)
+    ridge_lam: float = opt(0.01, "lam, ridge penalty of the last layer (PrefPaint: 0.01)", lo=1e-9)
     device: str = opt("cpu", "where to train: cpu, cuda or mps")
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
 
 
 PRESETS: dict[str, dict] = {"small": {}}
-
-# Seeds of the worlds that never meet: (what, seed) makes the seed of the scenes.
-TRAIN_WORLD, CLIP_WORLD, REWARD_WORLD, RL_WORLD, HELD_OUT_WORLD, TUNING_WORLD = range(1, 7)
-
-
-def world(what: int, seed: int = 0) -> int:
-    """The scene seed of one purpose; held-out scenes never appear in training."""
-    return what * 1_000_003 + seed
 
 
 def warmup_cosine(step: int, total: int, warmup: int = 200) -> float:
@@ -92,7 +100,7 @@ def train_clip(cfg: PretrainConfig, out: Path) -> dict:
     clip.to(cfg.device).train()
     optimiser = torch.optim.AdamW(clip.parameters(), lr=cfg.clip_lr, weight_decay=0.05, betas=(0.9, 0.98))
     rng = np.random.default_rng(world(CLIP_WORLD, cfg.seed))
-    start, bar = time.time(), tqdm(range(cfg.clip_steps), "CLIP", mininterval=1)
+    start, bar = time.time(), progress(range(cfg.clip_steps), "CLIP")
     for step in bar:
         optimiser.param_groups[0]["lr"] = cfg.clip_lr * warmup_cosine(step, cfg.clip_steps)
         images, texts = clip_batch(rng, cfg.clip_batch)
@@ -105,7 +113,7 @@ def train_clip(cfg: PretrainConfig, out: Path) -> dict:
         optimiser.step()
         clip.logit_scale.data.clamp_(max=float(np.log(100)))
         if step % 100 == 99:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     clip.cpu().eval()
     figures = {"recall_at_1_of_256": clip_recall(clip, tokenizer, cfg.seed), "seconds": time.time() - start}
     meta = {"words": list(tokenizer.words), "seed": cfg.seed, "steps": cfg.clip_steps, **figures}
@@ -150,7 +158,7 @@ def train_unet(cfg: PretrainConfig, out: Path) -> dict:
     optimiser = torch.optim.AdamW(unet.parameters(), lr=cfg.unet_lr, weight_decay=0.01, fused=True)
     rng = np.random.default_rng(world(TRAIN_WORLD, cfg.seed))
     noise_generator = torch.Generator().manual_seed(world(TRAIN_WORLD, cfg.seed))
-    start, recent, bar = time.time(), 0.0, tqdm(range(cfg.unet_steps), "UNet", mininterval=5)
+    start, recent, bar = time.time(), 0.0, progress(range(cfg.unet_steps), "UNet")
 
     def keep():
         meta = {"seed": cfg.seed, "steps": step + 1, "loss": recent, "seconds": time.time() - start}
@@ -177,21 +185,127 @@ def train_unet(cfg: PretrainConfig, out: Path) -> dict:
         torch._foreach_lerp_(list(average.values()), [v.detach() for v in unet.state_dict().values()], 1 - decay)
         recent = loss.item() if step == 0 else 0.99 * recent + 0.01 * loss.item()
         if step % 100 == 99:
-            bar.set_postfix(loss=f"{recent:.4f}")
+            bar.set_postfix(loss=f"{recent:.4f}", refresh=False)
         if step % 1000 == 999 and step + 1 < cfg.unet_steps:
             keep()  # usable at any time
     keep()
     return {"loss": recent, "seconds": time.time() - start}
 
 
-def load_clip(path: str | Path):
-    """-> CLIP in eval mode, frozen, and its tokenizer."""
-    from .models.clip import CLIPConfig
-    from .models.tokenizer import WordTokenizer
+# ------------------------------------------------------------------------------------------------ the reward model
 
-    config, state, meta = checkpoint.load(path, "clip")
-    clip = checkpoint.build(CLIPConfig, CLIP, config, state, path).requires_grad_(False)
-    return clip, WordTokenizer(meta["words"])
+SPLITS = {"features": 0.6, "ridge": 0.25, "calibration": 0.15}  # of the prompts, never of the pictures
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """Rated completions: N pictures, each with its prompt (so repeated), label and prompt number."""
+
+    prompts: Prompts
+    images: Tensor  # (N, 3, H, W)
+    labels: Tensor  # (N,), 1 to 7
+    truth: Tensor  # (N,), gold: to judge the reward model by, never to train it
+    groups: Tensor  # (N,), the prompt's number
+    widened: Tensor  # (N,) bool: spoilt or mended by hand to widen the range
+
+
+def widen(images: Tensor, prompts: Prompts, generator: torch.Generator) -> Tensor:
+    """Completions moved towards the truth, towards noise or blurred, so that the raters see the whole range."""
+    strength = torch.rand(len(images), 1, 1, 1, generator=generator)
+    noisy = images + 0.5 * strength * torch.randn(images.shape, generator=generator)
+    smooth = torch.lerp(images, torch.nn.functional.avg_pool2d(images, 5, 1, 2, count_include_pad=False), strength)
+    kinds = torch.stack([torch.lerp(images, prompts.images, strength), noisy.clamp(0, 1), smooth])
+    chosen = kinds[torch.randint(3, (len(images),), generator=generator), torch.arange(len(images))]
+    return prompts.paste_known(chosen)
+
+
+def collect_ratings(pipe: Pipeline, seed: int, prompts: int, samples: int, steps: int) -> Ratings:
+    """Completes `prompts` scenes `samples` times each, widens one more copy of each prompt, and has all rated."""
+    generator = torch.Generator().manual_seed(world(REWARD_WORLD, seed))
+    asked = scene_prompts(world(REWARD_WORLD, seed), 0, prompts)
+    several = asked.repeat_each(samples)
+    chunks = [
+        pipe.complete(pipe.unet, several.select(slice(i, i + 64)), seed=seed, epoch=0, steps=steps, first=i)
+        for i in progress(range(0, len(several), 64), "completions")
+    ]
+    completions = torch.cat(chunks)
+    extra = widen(completions[::samples], asked, generator)
+    every = several.select([*range(len(several))] + [i * samples for i in range(prompts)])
+    images = torch.cat([completions, extra])
+    assert every.scenes is not None
+    labels = mean_label(rate(images, every.masks, every.scenes, generator))
+    truth = gold(images, every.masks, every.scenes).label
+    groups = torch.cat([torch.arange(prompts).repeat_interleave(samples), torch.arange(prompts)])
+    return Ratings(every, images, labels, truth, groups, torch.arange(len(images)) >= len(several))
+
+
+def split_by_prompt(groups: Tensor, seed: int) -> dict[str, Tensor]:
+    """Which samples belong to which split, (N,) bool each; all samples of a prompt go together."""
+    count = int(groups.max()) + 1
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    split, at = {}, 0
+    for i, (name, share) in enumerate(SPLITS.items()):
+        stop = count if i == len(SPLITS) - 1 else at + round(share * count)
+        split[name] = torch.isin(groups, order[at:stop])
+        at = stop
+    return split
+
+
+def fit_features(r: Ratings, y: Tensor, config: FeatureConfig, seed: int, epochs: int, lr: float) -> RewardFeatures:
+    """Trains the tower by regression on normalised labels (PrefPaint Section 3). Its last layer is thrown away."""
+    torch.manual_seed(seed)
+    tower, last = RewardFeatures(config), torch.nn.Linear(config.dim, 1, bias=False)
+    parameters = [*tower.parameters(), *last.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    masked, masks, batch = r.prompts.masked, r.prompts.masks, 128
+    steps_an_epoch = -(-len(y) // batch)
+    for epoch in progress(range(epochs), "reward features"):
+        for k, at in enumerate(torch.randperm(len(y)).split(batch)):
+            done = epoch * steps_an_epoch + k
+            optimiser.param_groups[0]["lr"] = lr * warmup_cosine(done, epochs * steps_an_epoch, 50)
+            turned = (lambda x: x.flip(-1)) if (epoch + k) % 2 else (lambda x: x)  # mirrored every other time
+            z = tower(*(turned(x[at]) for x in (r.images, masked, masks)))
+            loss = (last(z)[:, 0] - y[at]).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return tower.eval()
+
+
+def select(r: Ratings, chosen: Tensor) -> Ratings:
+    at = chosen.nonzero()[:, 0]
+    return Ratings(r.prompts.select(at), r.images[at], r.labels[at], r.truth[at], r.groups[at], r.widened[at])
+
+
+def train_reward(cfg: PretrainConfig, out: Path) -> dict:
+    """Features on one split, ridge and V on a second, figures on a third (PrefPaint Sections 3–4)."""
+    start = time.time()
+    r = collect_ratings(Pipeline.load(out), cfg.seed, cfg.reward_prompts, cfg.reward_samples, cfg.reward_steps)
+    split = {k: select(r, v) for k, v in split_by_prompt(r.groups, cfg.seed).items()}
+    mean, spread = float(split["features"].labels.mean()), float(split["features"].labels.std())
+    y = {k: (v.labels - mean) / spread for k, v in split.items()}
+    tower = fit_features(split["features"], y["features"], FeatureConfig(), cfg.seed, cfg.reward_epochs, cfg.reward_lr)
+    with torch.no_grad():
+        z = {k: tower(v.images, v.prompts.masked, v.prompts.masks) for k, v in split.items()}
+    ridge = ridge_fit(z["ridge"], y["ridge"], cfg.ridge_lam)
+    norms = ridge.norm(z["ridge"])
+    quantiles = {str(q): float(norms.quantile(q)) for q in (0.05, 0.5, 0.95, 0.99)}
+    model = LearnedReward(tower, ridge, *trust_from_quantiles(norms), quantiles)
+
+    # On completions of unseen prompts, against gold: what RL will rely on.
+    own = ~split["calibration"].widened
+    guess, truth = ridge(z["calibration"])[own], split["calibration"].truth[own]
+    figures = {
+        "spearman": metrics.spearman(guess, truth),
+        "within_prompt_correlation": metrics.within_prompt_correlation(guess, truth, split["calibration"].groups[own]),
+        "r2": metrics.r_squared(guess * spread + mean, truth),
+        "rated": len(r.labels),
+        "label_mean": mean,
+        "label_std": spread,
+        "seconds": time.time() - start,
+    }
+    model.save(out / "reward.pt", {"seed": cfg.seed, **figures})
+    return figures
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -201,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     figures = json.loads((out / "pretrain.json").read_text()) if (out / "pretrain.json").exists() else {}
-    for part, train in (("clip", train_clip), ("unet", train_unet)):
+    for part, train in (("clip", train_clip), ("unet", train_unet), ("reward", train_reward)):
         if cfg.only in ("all", part):
             figures[part] = train(cfg, out)
             (out / "pretrain.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -91,6 +91,15 @@ def random_scene(rng: np.random.Generator) -> Scene:
             return Scene(background, (a, b))
 
 
+# One world of scenes for each purpose, so that what is held out never appears in training.
+TRAIN_WORLD, CLIP_WORLD, REWARD_WORLD, RL_WORLD, HELD_OUT_WORLD = range(1, 6)
+
+
+def world(purpose: int, seed: int = 0) -> int:
+    """The scene seed of one purpose; `seed` chooses among its worlds (below a million, so that none meet)."""
+    return purpose * 1_000_003 + seed
+
+
 def scene(seed: int, index: int) -> Scene:
     """Scene number `index` of the world `seed`; the same on every machine."""
     return random_scene(np.random.default_rng([seed, index]))
@@ -228,6 +237,9 @@ def caption(s: Scene, rng: np.random.Generator | None = None, quality: str | Non
     return f"a {quality} picture of {text}" if quality else text
 
 
-WORDS = tuple(
-    "a an and of on picture background clean sloppy photo the with in large small".split()
-) + COLOURS + SHAPES + PATTERNS
+WORDS = (
+    tuple("a an and of on picture background clean sloppy photo the with in large small".split())
+    + COLOURS
+    + SHAPES
+    + PATTERNS
+)

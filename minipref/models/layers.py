@@ -18,7 +18,9 @@ def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, fre
     t (B,) -> (B, dim), fp32. `flip_sin_to_cos` puts the cosines first, as Stable Diffusion does.
     """
     half = dim // 2
-    freqs = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift))
+    freqs = torch.exp(
+        -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    )
     angles = t.float()[:, None] * freqs[None]  # (B, half)
     parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
     emb = torch.cat(parts, dim=1)

@@ -78,7 +78,9 @@ class _Block(nn.Module):
         )
         if heads is not None:
             self.attentions = nn.ModuleList(
-                Transformer2DModel(width, cfg.cross_attention_dim, heads, cfg.norm_num_groups, cfg.use_linear_projection)
+                Transformer2DModel(
+                    width, cfg.cross_attention_dim, heads, cfg.norm_num_groups, cfg.use_linear_projection
+                )
                 for _ in widths_in
             )
 

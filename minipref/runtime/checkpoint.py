@@ -48,7 +48,7 @@ def save(
 
 
 def load(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict]:
-    """-> config, state (half precision widened to fp32), meta. Raises FileNotFoundError or ValueError in plain words."""
+    """-> config, state (fp16 widened to fp32), meta. Raises FileNotFoundError or ValueError in plain words."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; expected a file that holds a {kind}")
@@ -78,7 +78,11 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """model.load_state_dict with an error of one line."""
     own = model.state_dict()
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    wrong = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    wrong = [
+        f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
     if missing or extra or wrong:
         first = (wrong or [f"missing {k}" for k in missing] or [f"unknown {k}" for k in extra])[0]
         raise ValueError(

@@ -1,0 +1,139 @@
+"""Simulated raters who know the true scene, and the noise-free *gold* rating that they stray from.
+
+A rater looks at three things, each in [0, 1]:
+    structure   visible shapes are completed as the true scene has them; the rest of the hole is mostly background,
+                a little better where it shows what truly was there
+    texture     flat areas in the world's colours, not washed out, hatched, noisy or smeared
+    seam        no edge along the hole's border that the true scene does not have
+and gives three scores from 1 to 7 (PrefPaint, data set): structure, texture, overall; label = 0.15·s + 0.15·t + 0.7·o.
+A fill that differs from the truth where nothing visible determines it loses little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .scenes import RGB, Scene, draw, layout
+
+WEIGHTS = {"structure": 0.15, "texture": 0.15, "overall": 0.7}  # PrefPaint's label
+LOWEST, HIGHEST = 1, 7
+COLOUR_TOLERANCE = 0.35  # RGB distance at which two colours agree by 1/e
+UNSEEN = 0.08  # RGB distance from the palette that nobody notices
+SPOILT = 0.20  # … and at which a pixel counts as spoilt altogether
+BACKGROUND_SHARE = 0.55  # of the undetermined hole; true scenes have more
+
+
+@dataclass(frozen=True)
+class Rating:
+    """Scores (B,) from 1 to 7."""
+
+    structure: Tensor
+    texture: Tensor
+    overall: Tensor
+
+    @property
+    def label(self) -> Tensor:
+        return sum(w * getattr(self, k) for k, w in WEIGHTS.items())  # type: ignore[return-value]
+
+
+def _agreement(a: Tensor, b: Tensor) -> Tensor:
+    """How alike two colours are, per pixel: (B, 3, H, W) twice -> (B, H, W) in [0, 1]."""
+    return torch.exp(-(((a - b) / COLOUR_TOLERANCE) ** 2).sum(1))
+
+
+def _mean_over(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of values (B, H, W) over weights `where`, and the weights' sum; 0 where there is nothing to average."""
+    total = where.flatten(1).sum(1)
+    return (values * where).flatten(1).sum(1) / total.clamp(min=1e-6), total
+
+
+def _determined(hole: Tensor, things: Tensor) -> Tensor:
+    """Pixels of the hole that the visible part tells: a thing that is cut by the hole, and a rim of one pixel around.
+
+    hole (B, H, W) bool, things (B, H, W) int64 -> (B, H, W) in [0, 1]: less where less than half of a thing is seen.
+    """
+    determined = torch.zeros_like(hole, dtype=torch.float32)
+    for i in range(1, int(things.max()) + 1):
+        body = things == i
+        area, seen = body.flatten(1).sum(1), (body & ~hole).flatten(1).sum(1)
+        known = (2 * seen / area.clamp(min=1)).clamp(max=1)[:, None, None]
+        rim = F.max_pool2d(body.float()[:, None], 3, stride=1, padding=1)[:, 0]
+        determined = torch.maximum(determined, rim * known)
+    return determined * hole
+
+
+def _structure(images: Tensor, truth: Tensor, hole: Tensor, batch: list[Scene]) -> Tensor:
+    things = layout(batch)
+    determined = _determined(hole, things)
+    completed, weight = _mean_over(_agreement(images, truth), determined)
+    background = torch.stack([truth[i][:, things[i] == 0].median(1).values for i in range(len(batch))])  # (B, 3)
+    like_background = _agreement(images, background[:, :, None, None].expand_as(images))
+    share, _ = _mean_over(like_background, hole * (1 - determined))
+    coherent = (share / BACKGROUND_SHARE).clamp(max=1)
+    matter = (weight / 20).clamp(max=1) * 0.6  # twenty determined pixels count in full
+    exact, _ = _mean_over(_agreement(images, truth), hole.float())
+    return 0.9 * (matter * completed + (1 - matter) * coherent) + 0.1 * exact
+
+
+def _clean_share(images: Tensor, hole: Tensor) -> Tensor:
+    """Share of the hole that has one of the world's colours, (B,)."""
+    palette = torch.from_numpy(RGB).to(images)  # (8, 3)
+    nearest = torch.cdist(images.flatten(2).transpose(1, 2), palette).min(2).values.unflatten(1, images.shape[-2:])
+    return _mean_over(1 - ((nearest - UNSEEN) / (SPOILT - UNSEEN)).clamp(0, 1), hole.float())[0]
+
+
+def _texture(images: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
+    # Edges are never palette-clean, so the true scene sets the measure: 95 % of it is perfect, 40 % worthless.
+    share = _clean_share(images, hole) / _clean_share(truth, hole).clamp(min=1e-6)
+    return ((share - 0.40) / 0.55).clamp(0, 1)
+
+
+def _seam(images: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
+    excess, pairs = 0.0, 0.0
+    for axis in (1, 2):
+        size = hole.shape[axis] - 1
+        border = hole.narrow(axis, 0, size) ^ hole.narrow(axis, 1, size)
+        step, true_step = ((x.diff(dim=axis + 1)).norm(dim=1) for x in (images, truth))
+        excess = excess + ((step - true_step - UNSEEN).clamp(min=0) * border).flatten(1).sum(1)
+        pairs = pairs + border.flatten(1).sum(1)
+    return torch.exp(-(excess / torch.clamp(pairs, min=1)) / 0.25)
+
+
+def gold(images: Tensor, masks: Tensor, batch: list[Scene]) -> Rating:
+    """The noise-free rating. images (B, 3, H, W) in [0, 1] with known pixels in place, masks (B, 1, H, W), B scenes."""
+    if not len(images) == len(masks) == len(batch):
+        raise ValueError(f"gold: {len(images)} images, {len(masks)} masks, {len(batch)} scenes")
+    truth, hole = draw(batch), masks[:, 0].cpu() > 0.5
+    images = images.detach().float().cpu()
+    structure, texture = _structure(images, truth, hole, batch), _texture(images, truth, hole)
+    seam = _seam(images, truth, hole)
+    overall = (structure * texture * seam.sqrt()) ** 0.4  # one bad part spoils the whole
+    return Rating(*(LOWEST + (HIGHEST - LOWEST) * x for x in (structure, texture, overall)))
+
+
+def rate(
+    images: Tensor,
+    masks: Tensor,
+    batch: list[Scene],
+    generator: torch.Generator,
+    *,
+    raters: int = 3,
+    noise: float = 0.4,
+) -> list[Rating]:
+    """What `raters` people say: the gold scores plus noise of that standard deviation, rounded to whole scores 1–7."""
+    true = gold(images, masks, batch)
+
+    def say(score: Tensor) -> Tensor:
+        heard = score + noise * torch.randn(score.shape, generator=generator)
+        return heard.round().clamp(LOWEST, HIGHEST)
+
+    return [Rating(say(true.structure), say(true.texture), say(true.overall)) for _ in range(raters)]
+
+
+def mean_label(ratings: list[Rating]) -> Tensor:
+    """The raters' mean label (B,)."""
+    return torch.stack([r.label for r in ratings]).mean(0)

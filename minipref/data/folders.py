@@ -1,0 +1,72 @@
+"""Your own pictures: a folder of any depth with PNG, JPEG or WebP files."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+def read_image(path: str | Path, size: int | None) -> Tensor:
+    """One picture: turned upright, transparency on white, centre square, resized. -> (3, size, size) float32 in [0, 1].
+
+    size None keeps height and width. Raises FileNotFoundError, or ValueError with the file and the reason.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such picture")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                picture = ImageOps.exif_transpose(opened)
+                if picture.mode in ("I;16", "I"):  # 16-bit grey: Pillow's convert would cut it off at 255
+                    grey = np.asarray(picture, dtype=np.float32) / 65535
+                    picture = Image.fromarray((grey * 255).round().astype(np.uint8))
+                rgba = picture.convert("RGBA")
+    except Exception as e:  # Pillow raises a dozen kinds for broken files
+        raise ValueError(f"{path}: not a readable picture ({type(e).__name__}: {e})") from None
+    white = Image.new("RGBA", rgba.size, "white")
+    picture = Image.alpha_composite(white, rgba).convert("RGB")
+    if size is not None:
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
+
+
+def read_mask(path: str | Path, like: tuple[int, int], size: int) -> Tensor:
+    """A mask picture, white = hole, of the same height and width as its picture. -> (1, size, size), 0 or 1."""
+    mask = read_image(path, None).mean(0, keepdim=True)
+    if tuple(mask.shape[-2:]) != tuple(like):
+        (h, w), (H, W) = mask.shape[-2:], like
+        raise ValueError(f"{path}: the mask is {w}×{h} pixels but the picture {W}×{H}; they must be equally large")
+    side = min(like)
+    top, left = (like[0] - side) // 2, (like[1] - side) // 2
+    square = mask[None, :, top : top + side, left : left + side]
+    mask = (torch.nn.functional.interpolate(square, size=(size, size), mode="area")[0] > 0.5).float()
+    if not mask.any():
+        raise ValueError(f"{path}: the mask has no white pixel, so there is no hole to fill")
+    return mask
+
+
+def read_folder(folder: str | Path, size: int) -> tuple[Tensor, list[Path], list[str]]:
+    """All pictures below a folder, by name. -> (N, 3, size, size), their files, and a line for each file skipped."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of pictures")
+    images, files, skipped = [], [], []
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+        try:
+            images.append(read_image(path, size))
+            files.append(path)
+        except (ValueError, OSError) as e:
+            skipped.append(str(e))
+    if not images:
+        reason = f"; skipped {len(skipped)}, the first: {skipped[0]}" if skipped else ""
+        raise ValueError(f"{folder}: holds no readable picture ({', '.join(sorted(SUFFIXES))}){reason}")
+    return torch.stack(images), files, skipped

@@ -1,0 +1,137 @@
+"""`python -m minipref evaluate --run RUN`: WinRate, rewards, KL and a grid of an aligned model, as a Markdown table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import metrics
+from .data.annotator import gold
+from .data.folders import read_folder
+from .data.prompts import Prompts, picture_prompts, scene_prompts
+from .data.scenes import HELD_OUT_WORLD, SIZE, world
+from .diffusion import ddim_mean, predict
+from .losses import gaussian_kl
+from .models.unet import UNet
+from .pipeline import Pipeline, learned_reward, load_unet
+from .report import rl_grid
+from .rewards import CheckedReward, load_reward
+from .runtime.checkpoint import atomic_write
+from .runtime.config import opt, parse
+from .runtime.runlog import progress, read_run
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    run: str = opt("", "run folder of train_rl.py")
+    checkpoint: str = opt("last", "which weights of the run", choices=("last", "best"))
+    prompts: int = opt(512, "held-out prompts, beyond those of the run's curves", lo=8)
+    best_of: int = opt(10, "S, the most samples a prompt", lo=1)
+    steps: int = opt(0, "DDIM steps; 0: those of the run", lo=0)
+    seed: int = opt(0, "seed of the evaluation's noise", lo=0)
+    device: str = opt("cpu", "cpu, cuda or mps")
+    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
+
+
+def load_run(folder: str, which: str, device: str) -> tuple[dict, Pipeline, UNet]:
+    """-> a run's configuration, the base model's pipeline, and the aligned UNet."""
+    if not folder:
+        raise ValueError("--run is missing: the folder that train_rl.py wrote, such as runs/rl-small")
+    config = read_run(folder)
+    pipe = Pipeline.load(config.get("weights"), device)
+    path = Path(folder) / f"{which}.pt"
+    aligned, _ = load_unet(path)
+    if aligned.config != pipe.unet.config:
+        raise ValueError(f"{path}: its UNet is configured differently from the base model's ({pipe.unet.config})")
+    return config, pipe, aligned.to(pipe.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def run_prompts(config: dict, start: int, count: int) -> Prompts:
+    """Held-out prompts of a run's kind."""
+    seed = world(HELD_OUT_WORLD, config.get("held_out", 0))
+    if config.get("data"):
+        return picture_prompts(read_folder(config["data"], SIZE)[0], seed, start, count)
+    return scene_prompts(seed, start, count)
+
+
+@torch.no_grad()
+def path_kl(pipe: Pipeline, aligned: UNet, prompts: Prompts, seed: int, steps: int, eta: float) -> Tensor:
+    """KL(aligned ‖ base) of whole rollouts in nats, (B,): per step in closed form, on paths of the aligned model."""
+    path = pipe.sample(aligned, prompts, seed, 3, range(len(prompts)), steps, eta, 1.0)
+    condition, total = pipe.condition(prompts), torch.zeros(len(prompts))
+    for i in path.scored.nonzero()[:, 0].tolist():
+        t, t_prev = path.times(i)
+        means = []
+        for unet in (aligned, pipe.unet):
+            output = predict(unet, path.latents[:, i], t, condition)
+            mean, sigma = ddim_mean(pipe.schedule, output, path.latents[:, i], t, t_prev, eta=eta)
+            means.append(mean)
+        total += gaussian_kl(means[0], means[1], sigma).cpu()
+    return total
+
+
+def table(judge: str, base: Tensor, rival: Tensor, aligned: Tensor, sizes: list[int]) -> list[str]:
+    """WinRate of both models against one base sample: judge's scores base, aligned (P, S), and rival (P,)."""
+    lines = [
+        f"| WinRate by {judge} | S | win rate | 95 % Wilson | expected of the base: S/(S+1) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, values in (("base against itself", base), ("aligned against base", aligned)):
+        for s in sizes:
+            rate = metrics.win_rate(values[:, :s], rival)
+            lo, hi = metrics.wilson_interval(rate, len(rival))
+            expected = f"{metrics.self_win_rate(s):.3f}" if values is base else ""
+            lines.append(f"| {name} | {s} | {rate:.3f} | {lo:.3f} to {hi:.3f} | {expected} |")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse(EvaluateConfig, argv, prog="minipref evaluate", description=__doc__ or "")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device)
+    steps, eta = cfg.steps or config["steps"], config["eta"]
+    prompts = run_prompts(config, config["eval_prompts"], cfg.prompts)
+    learned, clip = (lambda: learned_reward(config["weights"])), (lambda: (pipe.clip, pipe.tokenizer))
+    reward = CheckedReward(config["reward"], load_reward(config["reward"], learned=learned, clip=clip))
+
+    def judged(unet: UNet, round: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Reward (P,), gold (P,) and pictures of one sample a prompt; every round draws its own noise."""
+        images = pipe.complete(unet, prompts, seed=cfg.seed, epoch=round, steps=steps, eta=eta)
+        true = gold(images, prompts.masks, prompts.scenes).label if prompts.scenes else None
+        return reward(images, prompts).value, true, images
+
+    # Rounds never share noise: 1000 the opponent, 2000 … the base's own samples, 3000 … the aligned model's.
+    jobs = [(pipe.unet, 1000)] + [
+        (u, 1000 * k + i) for k, u in ((2, pipe.unet), (3, aligned)) for i in range(cfg.best_of)
+    ]
+    results = [judged(unet, round) for unet, round in progress(jobs, "samples")]
+    sizes = [s for s in (1, 3, 10) if s <= cfg.best_of]
+    lines = [f"# {cfg.run}, {cfg.checkpoint}.pt", ""]
+    lines += [f"{cfg.prompts} held-out prompts, {steps} steps, eta {eta}, seed {cfg.seed}, independent noise.", ""]
+    judges = [("reward", 0)] + ([("gold", 1)] if prompts.scenes else [])
+    for name, k in judges:
+        rival = results[0][k]
+        values = torch.stack([r[k] for r in results[1:]], 1)  # (P, 2·S): base, then aligned
+        base, new = values[:, : cfg.best_of], values[:, cfg.best_of :]
+        assert isinstance(rival, Tensor)
+        lines += table(name, base, rival, new, sizes) + [""]
+        lines += [f"| {name} | mean | standard deviation over samplings of one prompt |", "|---|---|---|"]
+        for model, v in (("base", base), ("aligned", new)):
+            spread = f"{float(v.std(1).mean()):.3f}" if cfg.best_of > 1 else "one sampling"
+            lines.append(f"| {model} | {float(v.mean()):.3f} | {spread} |")
+        lines.append("")
+    kl = path_kl(pipe, aligned, prompts.select(slice(0, 64)), cfg.seed, steps, eta)
+    lines += [
+        f"KL(aligned, base) of a whole rollout: {float(kl.mean()):.2f} nats, standard deviation {float(kl.std()):.2f}."
+    ]
+
+    text = "\n".join(lines) + "\n"
+    print(text)
+    out = Path(cfg.run)
+    atomic_write(out / "evaluation.md", lambda p: p.write_text(text))
+    rl_grid(out / "evaluation.png", prompts, results[1][2], results[1 + cfg.best_of][2], None)
+    print(f"written: {out / 'evaluation.md'}, {out / 'evaluation.png'}")

@@ -1,0 +1,126 @@
+"""The parts of one inpainting model together: weights, schedule, codec, text. What every script starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .data.prompts import Prompts
+from .diffusion import Condition, Schedule, ScheduleConfig, Trajectory, rollout, sample_generators
+from .models.clip import CLIP, CLIPConfig
+from .models.codec import SpaceToDepth
+from .models.tokenizer import WordTokenizer
+from .models.unet import UNet, UNetConfig
+from .presets import SMALL_CODEC
+from .rewards import LearnedReward
+from .runtime import checkpoint
+
+SHIPPED = Path(__file__).parent / "weights" / "small"
+
+
+def load_clip(path: str | Path) -> tuple[CLIP, WordTokenizer]:
+    """-> CLIP in eval mode, frozen, and its tokenizer."""
+    config, state, meta = checkpoint.load(path, "clip")
+    clip = checkpoint.build(CLIPConfig, CLIP, config, state, path).requires_grad_(False)
+    assert isinstance(clip, CLIP)
+    return clip, WordTokenizer(meta["words"])
+
+
+def load_unet(path: str | Path) -> tuple[UNet, Schedule]:
+    """-> UNet in eval mode, and the noise schedule that it was trained with."""
+    config, state, meta = checkpoint.load(path, "unet")
+    if "schedule" not in meta:
+        raise ValueError(f"{path}: does not say which noise schedule its UNet was trained with")
+    unet = checkpoint.build(UNetConfig, UNet, config, state, path)
+    assert isinstance(unet, UNet)
+    return unet, Schedule(ScheduleConfig(**meta["schedule"]))
+
+
+@dataclass
+class Pipeline:
+    unet: UNet
+    schedule: Schedule
+    codec: SpaceToDepth
+    clip: CLIP
+    tokenizer: WordTokenizer
+    device: torch.device
+
+    @staticmethod
+    def load(weights: str | Path | None, device: str = "cpu") -> Pipeline:
+        """The model in a folder with unet.pt and clip.pt; the shipped small one where none is named."""
+        folder, where = Path(weights or SHIPPED), pick_device(device)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}: no such folder of weights; `python -m minipref pretrain --small` makes one"
+            )
+        unet, schedule = load_unet(folder / "unet.pt")
+        clip, tokenizer = load_clip(folder / "clip.pt")
+        unet.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return Pipeline(unet, schedule, SMALL_CODEC, clip.to(where), tokenizer, where)
+
+    @torch.no_grad()
+    def condition(self, prompts: Prompts) -> Condition:
+        """Texts, holes and masked pictures, encoded once."""
+        ids, empty = (self.tokenizer(t).to(self.device) for t in (prompts.texts, [""] * len(prompts)))
+        masked, masks = prompts.masked.to(self.device), prompts.masks.to(self.device)
+        return Condition(
+            self.clip.context(ids), self.codec.encode_mask(masks), self.codec.encode(masked), self.clip.context(empty)
+        )
+
+    def latent_shape(self, prompts: Prompts) -> tuple[int, int, int]:
+        H, W = prompts.images.shape[-2:]
+        return self.codec.channels, H // self.codec.factor, W // self.codec.factor
+
+    def complete(
+        self,
+        unet: UNet,
+        prompts: Prompts,
+        *,
+        seed: int,
+        epoch: int,
+        steps: int,
+        eta: float = 1.0,
+        guidance: float = 1.0,
+        batch: int = 64,
+        first: int = 0,
+    ) -> Tensor:
+        """Completions (B, 3, H, W) in [0, 1] on the CPU, known pixels in place. Sample i's noise is that of
+        (seed, epoch, first + i), whatever `batch`, the number of pictures a pass, is."""
+        done = []
+        for i in range(0, len(prompts), batch):
+            part = prompts.select(slice(i, i + batch))
+            path = self.sample(unet, part, seed, epoch, range(first + i, first + i + len(part)), steps, eta, guidance)
+            done.append(self.decode(path, part))
+        return torch.cat(done)
+
+    def sample(
+        self, unet, prompts: Prompts, seed: int, epoch: int, indices, steps: int, eta: float, guidance: float
+    ) -> Trajectory:
+        """One rollout of `unet` for a batch of prompts."""
+        generators = sample_generators(seed, epoch, indices)
+        shape = self.latent_shape(prompts)
+        return rollout(
+            unet, self.schedule, self.condition(prompts),
+            shape=shape, steps=steps, eta=eta, guidance=guidance, generator=generators,
+        )  # fmt: skip
+
+    def decode(self, path: Trajectory, prompts: Prompts) -> Tensor:
+        """A rollout's last latents as pictures with the known pixels put back."""
+        return prompts.paste_known(self.codec.decode(path.latents[:, -1]).cpu())
+
+
+def learned_reward(weights: str | Path | None) -> LearnedReward:
+    return LearnedReward.load(Path(weights or SHIPPED) / "reward.pt")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device, or one line that says why it cannot be had."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: not available here ({str(e).splitlines()[0]})") from None
+    return device

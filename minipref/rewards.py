@@ -1,0 +1,330 @@
+"""Rewards: the learned one that knows how far to trust itself, small built-in ones, and yours.
+
+    z          reward feature                                        (d,)
+    Z, y       training features (N, d) and their labels (N,)
+    lam        ridge penalty
+    V          Zᵀ Z + lam·I                                          (d, d)
+    psi_hat    V⁻¹ Zᵀ y, the last layer                              (d,)
+    ‖z‖_V⁻¹    sqrt(zᵀ V⁻¹ z): how little the training data say about z
+    gamma      trust weight exp(−k·‖z‖_V⁻¹ + b)
+
+A reward is any callable `reward(images (B, 3, H, W) in [0, 1], batch: Prompts)` that returns a tensor (B,) or `Scores`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from .data import annotator
+from .data.prompts import Prompts
+from .runtime import checkpoint
+
+
+@dataclass(frozen=True)
+class Scores:
+    """value (B,): the reward;  trust (B,) or None: gamma;  parts: further columns (B,) for the log."""
+
+    value: Tensor
+    trust: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+Reward = Callable[[Tensor, Prompts], "Tensor | Scores"]
+
+
+# ------------------------------------------------------------------------------------------------ ridge and trust
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """The last layer in closed form, and what is needed to know how far it can be trusted. All float64."""
+
+    psi: Tensor  # (d,)
+    V_cholesky: Tensor  # (d, d) lower: V = L Lᵀ
+    lam: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """zᵀ psi_hat: (B, d) -> (B,) float64."""
+        return z.double() @ self.psi
+
+    def norm(self, z: Tensor, kind: str = "theorem") -> Tensor:
+        """‖z‖_V⁻¹: (B, d) -> (B,) float64.
+
+        "theorem": sqrt(zᵀ V⁻¹ z), for which Cauchy–Schwarz holds (PrefPaint Eq. 7). "paper": ‖zᵀ V⁻¹‖₂, as the paper
+        prints it and its code computes it; the bound does not hold for it.
+        """
+        if z.ndim != 2 or z.shape[1] != len(self.psi):
+            raise ValueError(f"Ridge.norm: z is {tuple(z.shape)}, expected (B, {len(self.psi)})")
+        columns = z.double().T  # (d, B)
+        if kind == "theorem":
+            return torch.linalg.solve_triangular(self.V_cholesky, columns, upper=False).norm(dim=0)
+        if kind == "paper":
+            return torch.cholesky_solve(columns, self.V_cholesky).norm(dim=0)
+        raise ValueError(f"Ridge.norm: kind={kind!r}; choose theorem or paper")
+
+    def log_det_ratio(self) -> float:
+        """log( det(V) / det(lam·I) ), from the Cholesky factor (PrefPaint Eq. 8)."""
+        return float(2 * self.V_cholesky.diagonal().log().sum() - len(self.psi) * math.log(self.lam))
+
+    def bound_factor(self, delta: float, noise_scale: float, psi_norm: float) -> float:
+        """C_bound: with probability ≥ 1 − delta every error is at most C_bound·‖z‖_V⁻¹ (PrefPaint Eqs. 8–10).
+
+        noise_scale·sqrt(2·log(det(V)^½ det(lam·I)^−½ / delta)) + sqrt(lam)·psi_norm, if the noise is sub-Gaussian with
+        that scale and independent of Z, and ‖psi_*‖₂ = psi_norm: assumptions, unknowable on real data.
+        """
+        if not 0 < delta < 1:
+            raise ValueError(f"bound: delta={delta}; choose a probability between 0 and 1")
+        return noise_scale * math.sqrt(self.log_det_ratio() - 2 * math.log(delta)) + math.sqrt(self.lam) * psi_norm
+
+    def bound(self, z: Tensor, delta: float, noise_scale: float, psi_norm: float) -> Tensor:
+        """C_bound·‖z‖_V⁻¹: (B, d) -> (B,)."""
+        return self.bound_factor(delta, noise_scale, psi_norm) * self.norm(z)
+
+
+def ridge_fit(Z: Tensor, y: Tensor, lam: float) -> Ridge:
+    """psi_hat = (Zᵀ Z + lam·I)⁻¹ Zᵀ y by Cholesky in float64 (PrefPaint Eqs. 3–4). Z (N, d), y (N,), lam > 0."""
+    if Z.ndim != 2 or y.shape != Z.shape[:1]:
+        raise ValueError(f"ridge_fit: Z is {tuple(Z.shape)} and y {tuple(y.shape)}, expected (N, d) and (N,)")
+    if not lam > 0:
+        raise ValueError(f"ridge_fit: lam={lam}; a positive penalty keeps V invertible")
+    Z, y = Z.double(), y.double()
+    V = Z.T @ Z + lam * torch.eye(Z.shape[1], dtype=torch.float64, device=Z.device)
+    L = torch.linalg.cholesky(V)
+    return Ridge(torch.cholesky_solve((Z.T @ y)[:, None], L)[:, 0], L, lam)
+
+
+def trust_weight(norm: Tensor, k: float, b: float, lo: float = 0.0, hi: float = math.inf) -> Tensor:
+    """gamma = exp(−k·‖z‖_V⁻¹ + b), clamped to [lo, hi] (PrefPaint Eqs. 11–12). The paper: k 0.05, b 0.7."""
+    return torch.exp(-k * norm + b).clamp(lo, hi)
+
+
+def trust_from_quantiles(norms: Tensor) -> tuple[float, float]:
+    """k and b that make gamma 1 at the training norms' median and ½ at their 95th percentile.
+
+    Differs from the paper: its k = 0.05 belongs to the scale of its own norm; with the theorem's norm it would make
+    gamma constant.
+    """
+    median, high = (float(norms.double().quantile(q)) for q in (0.5, 0.95))
+    k = math.log(2) / max(high - median, 1e-12)
+    return k, k * median
+
+
+# ------------------------------------------------------------------------------------------------ the learned reward
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    widths: tuple[int, ...] = (24, 48, 64)  # channels at full, half and quarter resolution
+    dim: int = 64  # d, the length of z (PrefPaint: 256)
+
+
+class RewardFeatures(nn.Module):
+    """(completion, masked picture, mask) -> z. PrefPaint's inputs, in a convolutional tower that small pictures need.
+
+    The first convolution runs at full resolution, nothing is normalised, and mean *and* maximum over the hole are kept
+    at three depths: with normalisation or means alone, texture does not reach z.
+    """
+
+    def __init__(self, config: FeatureConfig):
+        super().__init__()
+        self.config = config
+        c_in, stages = 7, []
+        for i, c in enumerate(config.widths):
+            first = nn.Conv2d(c_in, c, 3, stride=1 if i == 0 else 2, padding=1)
+            stages.append(nn.Sequential(first, nn.ReLU(), nn.Conv2d(c, c, 3, padding=1), nn.ReLU()))
+            c_in = c
+        self.stages = nn.ModuleList(stages)
+        self.project = nn.Linear(2 * sum(config.widths), config.dim)
+
+    def forward(self, images: Tensor, masked: Tensor, masks: Tensor) -> Tensor:
+        """images, masked (B, 3, H, W) in [0, 1], masks (B, 1, H, W) -> (B, d)."""
+        h, hole, pooled = torch.cat([images * 2 - 1, masked * 2 - 1, masks], dim=1), masks, []
+        for stage in self.stages:
+            h = stage(h)
+            if hole.shape[-2:] != h.shape[-2:]:
+                hole = F.adaptive_max_pool2d(hole, h.shape[-2:])
+            pooled.append((h * hole).sum((2, 3)) / hole.sum((2, 3)).clamp(min=1))
+            pooled.append((h * hole).amax((2, 3)))  # h ≥ 0, so what lies outside cannot win
+        return self.project(torch.cat(pooled, dim=1))
+
+
+class LearnedReward(nn.Module):
+    """R(x) = <F(x), psi_hat> with its trust weight (PrefPaint Sections 3–4). Always in eval mode."""
+
+    def __init__(self, features: RewardFeatures, ridge: Ridge, k: float, b: float, norm_quantiles: dict[str, float]):
+        super().__init__()
+        self.features = features.eval().requires_grad_(False)
+        self.ridge, self.k, self.b, self.norm_quantiles = ridge, k, b, norm_quantiles
+
+    def train(self, mode: bool = True):
+        return super().train(False)  # scores never depend on a mode
+
+    @torch.no_grad()
+    def z(self, images: Tensor, batch: Prompts) -> Tensor:
+        device = next(self.features.parameters()).device
+        return self.features(images.to(device), batch.masked.to(device), batch.masks.to(device))
+
+    def forward(self, images: Tensor, batch: Prompts) -> Scores:
+        z = self.z(images, batch).cpu()
+        norm = self.ridge.norm(z)
+        gamma = trust_weight(norm, self.k, self.b)
+        return Scores(self.ridge(z).float(), gamma.float(), {"norm": norm.float()})
+
+    def save(self, path: str | Path, meta: dict) -> None:
+        state = {f"features.{k}": v for k, v in self.features.state_dict().items()}
+        state |= {"psi": self.ridge.psi, "V_cholesky": self.ridge.V_cholesky}  # float64 stays float64
+        config = {"features": asdict(self.features.config), "lam": self.ridge.lam, "k": self.k, "b": self.b}
+        config["norm_quantiles"] = self.norm_quantiles
+        checkpoint.save(path, "reward", config, state, dtype=torch.float16, meta=meta)
+
+    @staticmethod
+    def load(path: str | Path) -> LearnedReward:
+        config, state, _ = checkpoint.load(path, "reward")
+        own = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+        try:
+            ridge = Ridge(state["psi"], state["V_cholesky"], config["lam"])
+            parts = config["features"], config["k"], config["b"], config["norm_quantiles"]
+        except KeyError as e:
+            raise ValueError(f"{path}: not a whole reward model, it lacks {e}") from None
+        features = checkpoint.build(FeatureConfig, RewardFeatures, parts[0], own, path)
+        return LearnedReward(features, ridge, *parts[1:])  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------ built-in rewards
+
+
+def brightness(images: Tensor, batch: Prompts) -> Tensor:
+    """Mean luma (Rec. 601) of the whole picture, 0 to 1."""
+    return (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1).mean((1, 2))
+
+
+def jpeg_size(images: Tensor, batch: Prompts) -> Tensor:
+    """Kilobytes of the picture as a JPEG of quality 95 (DDPO's incompressibility)."""
+    sizes = []
+    for x in (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(x)).save(buffer, "JPEG", quality=95)
+        sizes.append(buffer.tell() / 1000)
+    return torch.tensor(sizes)
+
+
+def jpeg_small(images: Tensor, batch: Prompts) -> Tensor:
+    """Minus `jpeg_size` (DDPO's compressibility)."""
+    return -jpeg_size(images, batch)
+
+
+def gold(images: Tensor, batch: Prompts) -> Tensor:
+    """The toy raters' noise-free label, 1 to 7: an upper bound, never available with real people."""
+    if batch.scenes is None:
+        raise ValueError("gold needs the true scenes of the toy world; pictures of your own have none")
+    return annotator.gold(images, batch.masks, batch.scenes).label
+
+
+class ClipReward:
+    """Cosine similarity to a text, or to each prompt's own text where none is given, −1 to 1."""
+
+    def __init__(self, clip, tokenizer, text: str | None = None):
+        if text and (unknown := tokenizer.unknown(text)):
+            raise ValueError(f"the text {text!r} has words that the CLIP-like encoder never saw: {', '.join(unknown)}")
+        self.clip, self.tokenizer, self.text = clip, tokenizer, text
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, batch: Prompts) -> Tensor:
+        texts = batch.texts if self.text is None else [self.text] * len(images)
+        if not all(texts):
+            raise ValueError("prompts without a text; name one: --reward 'clip:a red circle on a blue background'")
+        return (self.clip.encode_image(images) * self.clip.encode_text(self.tokenizer(texts))).sum(1)
+
+
+BUILT_IN: dict[str, Reward] = {
+    "brightness": brightness,
+    "jpeg_size": jpeg_size,
+    "jpeg_small": jpeg_small,
+    "gold": gold,
+}
+
+
+def load_reward(name: str, *, learned: Callable[[], Reward], clip: Callable[[], tuple]) -> Reward:
+    """The reward that `--reward` names: "model" (the trained one), "clip" or "clip:TEXT", a built-in, a weighted
+    sum such as "0.7*model+0.3*brightness", or "package.module:function"."""
+    terms = [t.strip() for t in name.split("+")] if not name.startswith("clip:") else [name]
+    if len(terms) > 1 or (terms and "*" in terms[0] and ":" not in terms[0].split("*")[0]):
+        return _weighted_sum(terms, lambda n: load_reward(n, learned=learned, clip=clip))
+    if name == "model":
+        return learned()
+    if name == "clip" or name.startswith("clip:"):
+        return ClipReward(*clip(), text=name[5:].strip() or None)
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if ":" not in name:
+        known = ", ".join(["model", "clip:TEXT", *BUILT_IN])
+        raise ValueError(f"--reward {name}: unknown; choose {known}, or yours as package.module:function")
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise ValueError(
+            f"--reward {name}: cannot be imported ({e}); run from the folder that holds {module}"
+        ) from None
+    if not callable(found):
+        raise ValueError(f"--reward {name}: is no function")
+    return found
+
+
+def _weighted_sum(terms: list[str], load: Callable[[str], Reward]) -> Reward:
+    parsed = []
+    for term in terms:
+        weight, star, rest = term.partition("*")
+        try:
+            parsed.append((float(weight), load(rest.strip())) if star else (1.0, load(term)))
+        except ValueError as e:
+            raise ValueError(f"--reward term {term!r}: {e}") from None
+
+    def total(images: Tensor, batch: Prompts) -> Scores:
+        scored = [as_scores(r(images, batch)) for _, r in parsed]
+        value = sum(w * s.value for (w, _), s in zip(parsed, scored))
+        trust = next((s.trust for s in scored if s.trust is not None), None)
+        return Scores(value, trust, {k: v for s in scored for k, v in s.parts.items()})  # type: ignore[arg-type]
+
+    return total
+
+
+def as_scores(result: Tensor | Scores) -> Scores:
+    return result if isinstance(result, Scores) else Scores(result)
+
+
+class CheckedReward:
+    """A reward whose every answer is checked: shape (B,), finite numbers, differences between pictures."""
+
+    def __init__(self, name: str, reward: Reward):
+        self.name, self.reward = name, reward
+
+    def __call__(self, images: Tensor, batch: Prompts) -> Scores:
+        expected = f"expected a tensor of {len(images)} finite numbers, one per picture"
+        try:
+            scores = as_scores(self.reward(images, batch))
+        except Exception as e:
+            raise ValueError(f"reward {self.name}: raised {type(e).__name__}: {e}; {expected}") from e
+        value = scores.value
+        if not isinstance(value, Tensor) or value.shape != (len(images),):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"reward {self.name}: returned {got}; {expected}")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"reward {self.name}: returned NaN or infinity; {expected}")
+        if len(value) > 1 and bool((value == value[0]).all()):
+            raise ValueError(
+                f"reward {self.name}: gave all {len(value)} pictures the value {value[0].item():g}; nothing to learn from"
+            )
+        trust = None if scores.trust is None else scores.trust.float().cpu()
+        return Scores(value.detach().float().cpu(), trust, {k: v.cpu() for k, v in scores.parts.items()})

@@ -1,0 +1,107 @@
+"""A run is a folder: config.json, command.txt, metrics.jsonl, curves.png, samples/, last.pt, best.pt, summary.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from .checkpoint import atomic_write
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: it becomes null; floats are kept to seven digits."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
+
+
+class RunFolder:
+    """Creates the folder and writes into it; nothing that lies there is ever overwritten by another run."""
+
+    def __init__(self, out: str, default: str, config: dict):
+        self.path = Path(out) if out else self._free(Path(default))
+        if (self.path / "metrics.jsonl").exists():
+            raise ValueError(f"--out {self.path}: holds a run already; name another folder")
+        (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        self.rows: list[dict] = []
+        self.write_json("config.json", config)
+        (self.path / "command.txt").write_text(shlex.join(["python", *sys.argv]) + "\n")
+        (self.path / "metrics.jsonl").touch()
+
+    @staticmethod
+    def _free(path: Path) -> Path:
+        for i in range(1, 10_000):
+            candidate = path if i == 1 else path.with_name(f"{path.name}-{i}")
+            if not candidate.exists():
+                return candidate
+        raise ValueError(f"{path}: thousands of runs lie there; name a folder with --out")
+
+    def log(self, **row: Any) -> None:
+        """Appends one line to metrics.jsonl."""
+        self.rows.append(row)
+        with open(self.path / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(_plain(row)) + "\n")
+
+    def write_json(self, name: str, content: dict) -> None:
+        text = json.dumps(_plain(content), indent=2) + "\n"
+        atomic_write(self.path / name, lambda p: p.write_text(text))
+
+    def column(self, key: str, x: str = "epoch") -> tuple[list[float], list[float]]:
+        """x and y of the rows that carry `key`."""
+        found = [(r[x], r[key]) for r in self.rows if r.get(key) is not None]
+        return [a for a, _ in found], [b for _, b in found]
+
+
+class _Lines:
+    """tqdm's output on a pipe: a line for each refresh instead of carriage returns."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n \x1b[A"):
+            self.stream.write(line + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def progress(items: Iterable, description: str, total: int | None = None) -> tqdm:
+    """A progress bar on a terminal; one line every ten seconds on a pipe."""
+    if sys.stderr.isatty():
+        return tqdm(items, description, total=total, mininterval=0.5, dynamic_ncols=True)
+    return tqdm(
+        items, description, total=total, mininterval=10, maxinterval=10, ncols=100, file=_Lines(sys.stderr), ascii=True
+    )
+
+
+def read_run(folder: str | Path) -> dict:
+    """The configuration of a finished or interrupted run."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no run lies there (config.json is missing)")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path}: not readable as JSON ({e})") from None
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held, in MB (10⁶ bytes); NaN on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

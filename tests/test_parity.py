@@ -1,0 +1,275 @@
+"""Our classes against diffusers and transformers: same weights, same numbers. Needs the extra `parity`, no network."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import nn
+
+from minipref.diffusion import Condition, Schedule, ScheduleConfig, add_noise, ddim_mean, rollout, target
+from minipref.models.clip import CLIP, CLIPConfig
+from minipref.models.unet import UNet, UNetConfig
+from minipref.presets import SD15_INPAINT_UNET, SMALL_SCHEDULE, SMALL_UNET, small_clip
+
+MISSING = "the extra `parity` is not installed: pip install -e .[parity]"
+diffusers = pytest.fixture(scope="module")(lambda: pytest.importorskip("diffusers", reason=MISSING))
+transformers = pytest.fixture(scope="module")(lambda: pytest.importorskip("transformers", reason=MISSING))
+
+
+@torch.no_grad()
+def randomised(module: nn.Module, seed: int) -> nn.Module:
+    """Draws every parameter. Norms and biases too: left at 1 and 0, a misplaced one would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        bound = (3 / p[0].numel()) ** 0.5 if p.ndim > 1 else 0.5
+        p.uniform_(-bound, bound, generator=generator)
+        if p.ndim == 1 and "norm" in name and name.endswith("weight"):
+            p += 1
+    return module.eval()
+
+
+def layers(module: nn.Module) -> dict:
+    """Keys and shapes of the state dict, and what it does not say: strides, paddings, groups, epsilons, heads."""
+    found = {k: tuple(v.shape) for k, v in module.state_dict().items() if not k.endswith("position_ids")}
+    for name, m in module.named_modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm)):
+            found[name] = m.extra_repr()
+        elif hasattr(m, "to_q") or hasattr(m, "q_proj"):
+            found[name] = m.heads if hasattr(m, "heads") else m.num_heads
+    return found
+
+
+def max_diff(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape and a.isfinite().all() and b.isfinite().all()
+    return (a - b).abs().max().item()
+
+
+# ------------------------------------------------------------------------------------------------ UNet
+
+CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
+
+
+def tiny_unet(*kinds: tuple[str, str], **options) -> UNetConfig:
+    """A small network with blocks of these kinds, from the top level to the bottom."""
+    down, up = zip(*kinds)
+    blocks = dict(block_out_channels=(16, 32, 24)[: len(kinds)], down_block_types=down, up_block_types=up[::-1])
+    sizes = dict(cross_attention_dim=24, attention_head_dim=2, norm_num_groups=8, layers_per_block=1)
+    return UNetConfig(**blocks | sizes | options)
+
+
+UNETS = {  # configuration, latent height and width
+    "one layer": (tiny_unet(CROSS, PLAIN), (8, 8)),
+    "two layers, linear projections": (tiny_unet(CROSS, PLAIN, layers_per_block=2, use_linear_projection=True), (8, 8)),
+    "heads by level": (tiny_unet(CROSS, CROSS, CROSS, layers_per_block=2, attention_head_dim=(2, 4, 8)), (8, 12)),
+    "odd latent, inpainting channels": (tiny_unet(CROSS, CROSS, CROSS, in_channels=9), (13, 9)),
+    "attention in the middle alone": (tiny_unet(PLAIN, PLAIN, in_channels=9, use_linear_projection=True), (7, 10)),
+    "attention below, sines first": (tiny_unet(PLAIN, CROSS, attention_head_dim=(1, 4), flip_sin_to_cos=False), (8, 8)),
+    "other norms, frequencies": (tiny_unet(CROSS, CROSS, freq_shift=1, norm_eps=0.1, norm_num_groups=4), (8, 8)),
+    "small preset": (SMALL_UNET, (SMALL_UNET.sample_size,) * 2),
+}
+# The published configuration of Stable Diffusion 1.5 inpainting, and what 2.x changes.
+SD15 = json.loads("""{"act_fn": "silu", "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": false, "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1, "flip_sin_to_cos": true, "freq_shift": 0, "in_channels": 9, "layers_per_block": 2,
+    "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}""")
+SD2 = dict(attention_head_dim=(5, 10, 20, 20), use_linear_projection=True, cross_attention_dim=1024)
+
+
+def unet_outputs(ours, theirs, c: UNetConfig, size: tuple[int, int], batch: int = 3):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, c.in_channels, *size, generator=g)
+    context = torch.randn(batch, 7, c.cross_attention_dim, generator=g)
+    t = torch.tensor([501, 0, 999])[:batch]
+    with torch.no_grad():
+        return ours(x, t, context), theirs(x, t, context).sample
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unet_gives_diffusers_numbers_with_weights_loaded_either_way(diffusers, name):
+    config, size = UNETS[name]
+    ours, theirs = UNet(config), diffusers.UNet2DConditionModel(**asdict(config))
+    ours.load_state_dict(randomised(theirs, 0).state_dict(), strict=True)
+    first, expected = unet_outputs(ours.eval(), theirs, config, size)
+    assert max_diff(first, expected) <= 1e-4
+    theirs.load_state_dict(randomised(ours, 1).state_dict(), strict=True)
+    second, expected = unet_outputs(ours, theirs, config, size)
+    assert max_diff(second, expected) <= 1e-4
+    assert max_diff(first, second) > 0.1  # the weights and not a constant made the output
+
+
+@pytest.mark.parametrize("extra", [{}, SD2], ids=["1.5", "2.x"])
+def test_unet_has_the_layers_of_stable_diffusion_inpainting(diffusers, extra):
+    with torch.device("meta"):
+        ours, theirs = UNet(replace(SD15_INPAINT_UNET, **extra)), diffusers.UNet2DConditionModel(**SD15 | extra)
+    assert layers(ours) == layers(theirs)
+
+
+def test_unet_of_stable_diffusion_15_inpainting_gives_diffusers_numbers(diffusers):
+    with torch.device("meta"):
+        ours, theirs = UNet(SD15_INPAINT_UNET), diffusers.UNet2DConditionModel(**SD15)
+    theirs = randomised(theirs.to_empty(device="cpu"), 0)
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)  # the same 3.4 GB
+    a, b = unet_outputs(ours.eval(), theirs, SD15_INPAINT_UNET, (16, 16), batch=1)
+    assert max_diff(a, b) <= 1e-4 and b.std() > 0.1
+
+
+# ------------------------------------------------------------------------------------------------ CLIP
+
+TINY_CLIP = replace(small_clip(), vocab_size=60, max_position_embeddings=9, vision_hidden_size=60, vision_layers=2)
+PUBLISHED_KEYS = """logit_scale visual_projection.weight text_projection.weight vision_model.pre_layrnorm.weight
+    vision_model.embeddings.class_embedding vision_model.encoder.layers.0.self_attn.q_proj.bias
+    vision_model.post_layernorm.bias text_model.embeddings.token_embedding.weight
+    text_model.encoder.layers.0.layer_norm1.weight text_model.final_layer_norm.weight""".split()
+
+
+def their_clip(transformers, c: CLIPConfig):
+    flat, towers = asdict(c), {}
+    for tower in ("text", "vision"):
+        own = {k.removeprefix(f"{tower}_"): v for k, v in flat.items()}
+        towers[f"{tower}_config"] = own | {"num_hidden_layers": own["layers"], "num_attention_heads": own["heads"]}
+    return transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=c.projection_dim))
+
+
+@pytest.mark.parametrize("eos", [2, 49])
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_clip_gives_transformers_embeddings(transformers, act, eos):
+    config = replace(TINY_CLIP, hidden_act=act, eos_token_id=eos)
+    theirs = randomised(their_clip(transformers, config), 0)
+    ours = CLIP(config).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    ids = {  # 2: the old rule, by which the highest id ends the text. Any other: the first such id, padded with anything
+        2: [[58, 5, 2, 9, 59, 0, 0, 0], [58, 59, 59, 59, 59, 59, 59, 59], [58, 2, 3, 4, 5, 6, 7, 59]],
+        49: [[58, 5, 59, 9, 49, 0, 0, 0], [58, 49, 49, 49, 49, 49, 49, 49], [58, 57, 3, 4, 5, 6, 7, 49]],
+    }[eos]
+    ids, S = torch.tensor(ids), config.image_size
+    images = torch.rand(2, 3, S, S, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, pixel_values=(images - mean) / std)
+        hidden = theirs.text_model(input_ids=ids).last_hidden_state
+        image, text = ours.encode_image(images), ours.encode_text(ids)
+        assert max_diff(image, expected.image_embeds) <= 1e-5
+        assert max_diff(text, expected.text_embeds) <= 1e-5
+        assert max_diff(ours.context(ids), hidden) <= 1e-5
+        assert max_diff(ours.logit_scale.exp() * image @ text.T, expected.logits_per_image) <= 1e-5
+
+
+@pytest.mark.parametrize("config", [CLIPConfig(), small_clip()], ids=["ViT-B/32", "small preset"])
+def test_clip_has_the_layers_of_transformers(transformers, config):
+    with torch.device("meta"):
+        ours, theirs = CLIP(config), their_clip(transformers, config)
+    assert layers(ours) == layers(theirs)
+    assert set(PUBLISHED_KEYS) <= set(layers(ours))
+
+
+def test_clip_loads_old_files_that_carry_position_ids():
+    ours, state = CLIP(TINY_CLIP), randomised(CLIP(TINY_CLIP), 3).state_dict()
+    old = state | {"text_model.embeddings.position_ids": torch.arange(9)[None]}
+    ours.load_state_dict(old | {"vision_model.embeddings.position_ids": torch.arange(65)[None]}, strict=True)
+    assert all(torch.equal(v, state[k]) for k, v in ours.state_dict().items())
+    with pytest.raises(RuntimeError, match="text_model.embeddings.unheard_of"):
+        ours.load_state_dict(old | {"text_model.embeddings.unheard_of": torch.zeros(1)})
+
+
+# ------------------------------------------------------------------------------------------------ DDIM
+
+BETAS = ["linear", "scaled_linear", "squaredcos_cap_v2"]
+SPACINGS = [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)]
+
+
+def schedules(diffusers, config: ScheduleConfig):
+    return Schedule(config), diffusers.DDIMScheduler(**asdict(config), clip_sample=False)
+
+
+@pytest.mark.parametrize("betas", BETAS)
+def test_schedule_tables_agree_with_diffusers(diffusers, betas):
+    for to_one in (True, False):
+        ours, theirs = schedules(diffusers, ScheduleConfig(beta_schedule=betas, set_alpha_to_one=to_one))
+        assert max_diff(ours.betas, theirs.betas) <= 1e-7
+        # Relative, because abar falls to 1e-9; theirs is a product of a thousand single-precision factors.
+        assert max_diff(theirs.alphas_cumprod / ours.abar, torch.ones(1000)) <= 5e-5
+        assert max_diff(ours.final_abar, theirs.final_alpha_cumprod) <= 1e-7
+
+
+@pytest.mark.parametrize("spacing, offset", SPACINGS)
+def test_timesteps_agree_with_diffusers(diffusers, spacing, offset):
+    ours, theirs = schedules(diffusers, ScheduleConfig(timestep_spacing=spacing, steps_offset=offset))
+    # Not at every count: a time on a rounding tie may differ by one, and diffusers' "trailing" sometimes adds time -1.
+    for steps in (1, 2, 3, 7, 10, 20, 30, 50, 100, 333, 999):
+        theirs.set_timesteps(steps)
+        assert ours.timesteps(steps).tolist() == theirs.timesteps.tolist(), steps
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("spacing, offset", SPACINGS)
+@pytest.mark.parametrize("betas", BETAS)
+def test_ddim_step_has_diffusers_mean_and_variance(diffusers, betas, spacing, offset, to_one, prediction):
+    config = ScheduleConfig(1000, betas, prediction_type=prediction, timestep_spacing=spacing)
+    config = replace(config, steps_offset=offset, set_alpha_to_one=to_one)
+    ours, theirs = schedules(diffusers, config)
+    theirs.set_timesteps(7)
+    t = theirs.timesteps
+    t_prev = t - 1000 // 7  # diffusers' rule, with every spacing; ours is told where the step goes
+    x, output = torch.randn(2, len(t), 1, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def check(x, output, tolerance: float):  # relative: at t = 999 of the cosine schedule means reach 1e4
+        for eta in (0.0, 0.5, 1.0):
+            mean, sigma = ddim_mean(ours, output, x, t, t_prev, eta=eta)
+            for i, time in enumerate(t.tolist()):
+                expected, drawn = (
+                    theirs.step(output[i], time, x[i], eta=eta, variance_noise=torch.full_like(x[i], z)).prev_sample
+                    for z in (0, 1)
+                )
+                scale = max(1.0, expected.abs().max().item())
+                assert max_diff(mean[i], expected) <= tolerance * scale
+                assert max_diff(sigma[i].expand_as(drawn), drawn - expected) <= tolerance * scale
+
+    # Their single-precision tables cost 5e-5 at t = 999 of the cosine schedule (1e-5 and less elsewhere) ...
+    check(x.float(), output.float(), 2e-4)
+    theirs.alphas_cumprod, theirs.final_alpha_cumprod = ours.abar, ours.final_abar  # ... and nothing in double
+    check(x, output, 1e-12)
+
+
+@pytest.mark.parametrize("betas", BETAS)
+def test_noising_and_velocity_agree_with_diffusers(diffusers, betas):
+    ours, theirs = schedules(diffusers, ScheduleConfig(beta_schedule=betas, prediction_type="v_prediction"))
+    t = torch.arange(1000)
+    x, noise = torch.randn(2, 1000, 1, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def check(x, noise, tolerance: float):
+        assert max_diff(add_noise(ours, x, noise, t), theirs.add_noise(x, noise, t)) <= tolerance
+        assert max_diff(target(ours, x, noise, t), theirs.get_velocity(x, noise, t)) <= tolerance
+
+    check(x.float(), noise.float(), 2e-5)  # near t = 0 they round abar before they take the root of 1 − abar
+    theirs.alphas_cumprod = ours.abar
+    check(x, noise, 1e-12)
+
+
+@pytest.mark.parametrize("schedule", [ScheduleConfig(), SMALL_SCHEDULE], ids=["epsilon, leading", "small preset"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_rollout_is_a_plain_diffusers_loop_at_eta_0(diffusers, schedule, guidance):
+    config = tiny_unet(CROSS, PLAIN, in_channels=9)
+    theirs = randomised(diffusers.UNet2DConditionModel(**asdict(config)), 0)
+    ours, scheduler = schedules(diffusers, schedule)
+    unet = UNet(config).eval()
+    unet.load_state_dict(theirs.state_dict())
+    g = torch.Generator().manual_seed(4)
+    empty, context = torch.randn(2, 2, 7, 24, generator=g)
+    mask, masked = (torch.rand(2, 1, 8, 8, generator=g) < 0.5).float(), torch.randn(2, 4, 8, 8, generator=g)
+    condition = Condition(context, mask, masked, empty)
+    path = rollout(unet, ours, condition, shape=(4, 8, 8), steps=10, eta=0.0, guidance=guidance, generator=g)
+
+    scheduler.set_timesteps(10)
+    x = path.latents[:, 0]
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            sample = torch.cat([x, mask, masked], dim=1)
+            without, given = theirs(torch.cat([sample] * 2), t, torch.cat([empty, context])).sample.chunk(2)
+            x = scheduler.step(without + guidance * (given - without), t, x, eta=0.0).prev_sample
+    assert max_diff(path.latents[:, -1], x) <= 1e-5 * x.abs().max().item()

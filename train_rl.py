@@ -1,0 +1,282 @@
+"""Aligns an inpainting diffusion model with a preference by reinforcement learning (PrefPaint; DDPO).
+
+    python train_rl.py --small
+
+Each epoch: complete a few prompts several times, score the completions, and make the better ones of each prompt more
+probable, each sample weighted by how far its reward can be trusted. The whole algorithm stands in `main`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minipref import metrics
+from minipref.data.annotator import gold
+from minipref.data.folders import read_folder
+from minipref.data.prompts import Prompts, picture_prompts, scene_prompts
+from minipref.data.scenes import HELD_OUT_WORLD, RL_WORLD, SIZE, world
+from minipref.diffusion import Condition, Trajectory, ddim_mean, gaussian_log_prob, predict
+from minipref.losses import advantages, clipped_surrogate, gaussian_kl
+from minipref.pipeline import Pipeline, learned_reward
+from minipref.report import rl_curves, rl_grid
+from minipref.rewards import CheckedReward, load_reward
+from minipref.runtime import checkpoint
+from minipref.runtime.config import opt, parse, run_main
+from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    # what is aligned, with what
+    weights: str = opt("", "folder with unet.pt, clip.pt, reward.pt; empty: the shipped small ones")
+    data: str = opt("", "folder of your own pictures as prompts; empty: toy scenes")
+    reward: str = opt(
+        "model",
+        "model, clip:TEXT, brightness, jpeg_size, jpeg_small, gold, a sum 0.7*model+0.3*…, or pkg.module:function",
+    )
+    out: str = opt("", "run folder; empty: runs/rl-small, or the next free name")
+    seed: int = opt(0, "seed of prompts, noise and order", lo=0, hi=999_999)
+    # rollouts
+    epochs: int = opt(30, "rounds of rollout and update", lo=1)
+    prompts: int = opt(16, "prompts an epoch", lo=1)
+    samples: int = opt(4, "completions a prompt: its group", lo=1)
+    steps: int = opt(6, "T, DDIM steps of a rollout (PrefPaint: 50)", lo=2)
+    eta: float = opt(
+        1.0, "noise of the DDIM steps, 1 = DDPM; 0 has no probability and is refused (PrefPaint: 1)", lo=0, hi=1
+    )
+    guidance: float = opt(1.0, "classifier-free guidance scale; 1, or an empty prompt, costs one pass", lo=0)
+    # updates
+    train_steps: int = opt(5, "K, random steps trained of each rollout's random ones (PrefPaint: 5 of 50)", lo=1)
+    updates: int = opt(2, "optimiser steps a rollout, each on its share of the samples", lo=1)
+    lr: float = opt(3e-5, "learning rate of AdamW (PrefPaint: 2e-6)", lo=0)
+    weight_decay: float = opt(0.01, "weight decay of AdamW (PrefPaint: 0.01)", lo=0)
+    grad_clip: float = opt(1.0, "largest gradient norm", lo=0)
+    clip_range: float = opt(
+        1.64, "clip of the joint log-ratio (PrefPaint: 1e-4 of the mean's, at n = 16,384: 1.64)", lo=0
+    )
+    trust: bool = opt(True, "weight samples by gamma where the reward gives one (PrefPaint Eq. 12)")
+    kl_weight: float = opt(
+        0.0, "kappa, weight of the KL to the base model, per dimension (PrefPaint Eq. 1; its code: 0)", lo=0
+    )
+    ema: float = opt(0.8, "decay per update of the averaged weights, which are evaluated and kept", lo=0, hi=0.9999)
+    micro_batch: int = opt(64, "steps a backward pass: less memory, the same gradient", lo=1)
+    # what is looked at
+    eval_every: int = opt(5, "epochs between evaluations", lo=1)
+    eval_prompts: int = opt(64, "fixed held-out prompts of the curves", lo=8)
+    win_prompts: int = opt(256, "held-out prompts of the final WinRate", lo=8)
+    held_out: int = opt(0, "which held-out prompts", lo=0, hi=999_999)
+    device: str = opt("cpu", "cpu, cuda or mps")
+    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
+
+
+PRESETS: dict[str, dict] = {"small": {}}
+CURVES, WIN_BASE, WIN_ALIGNED = -1, -2, -3  # "epochs" whose noise the evaluations draw
+
+
+def prompt_sources(cfg: RLConfig):
+    """Two functions (start, count) -> Prompts: for training, and held out."""
+    if not cfg.data:
+        return (
+            lambda start, count: scene_prompts(world(RL_WORLD, cfg.seed), start, count),
+            lambda start, count: scene_prompts(world(HELD_OUT_WORLD, cfg.held_out), start, count),
+        )
+    images, files, skipped = read_folder(cfg.data, SIZE)
+    for line in skipped:
+        print(f"skipped {line}")
+    fifth = [i for i in range(len(images)) if i % 5 == 4]  # held out; too few pictures: other masks on the same ones
+    rest = [i for i in range(len(images)) if i % 5 != 4]
+    if len(images) < 10:
+        fifth = rest = list(range(len(images)))
+    print(
+        f"{len(images)} pictures from {cfg.data} ({len(skipped)} skipped): {len(rest)} to train on, {len(fifth)} held out"
+    )
+    return (
+        lambda start, count: picture_prompts(images[rest], world(RL_WORLD, cfg.seed), start, count),
+        lambda start, count: picture_prompts(images[fifth], world(HELD_OUT_WORLD, cfg.held_out), start, count),
+    )
+
+
+def true_preference(images: Tensor, prompts: Prompts) -> Tensor | None:
+    """The toy's gold label (B,), None for your own pictures. Looked at, never trained on."""
+    return gold(images, prompts.masks, prompts.scenes).label if prompts.scenes else None
+
+
+def main() -> None:
+    cfg = parse(RLConfig, None, prog="train_rl.py", description=__doc__ or "", presets=PRESETS)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    started = time.time()
+    pipe = Pipeline.load(cfg.weights, cfg.device)
+    learned = lambda: learned_reward(cfg.weights)  # noqa: E731
+    reward = CheckedReward(
+        cfg.reward, load_reward(cfg.reward, learned=learned, clip=lambda: (pipe.clip, pipe.tokenizer))
+    )
+    scored = pipe.schedule.coefficients(*step_times(pipe.schedule.timesteps(cfg.steps)), cfg.eta)[2] > 0
+    if not scored.any():
+        raise ValueError(f"--eta {cfg.eta}: the steps are deterministic and have no probability to raise; choose 1")
+    training_prompts, held_out_prompts = prompt_sources(cfg)
+    held_out = held_out_prompts(0, cfg.eval_prompts)
+    run = RunFolder(cfg.out, "runs/rl-small", asdict(cfg))
+
+    base, policy = pipe.unet.requires_grad_(False), copy.deepcopy(pipe.unet).requires_grad_(True)
+    average = copy.deepcopy(policy).requires_grad_(False)
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    order = np.random.default_rng([cfg.seed, 1])
+    sampling = {"seed": cfg.seed, "steps": cfg.steps, "eta": cfg.eta, "guidance": cfg.guidance}
+
+    def look(epoch: int) -> dict:
+        """Reward and gold of the averaged policy on the fixed held-out prompts, with noise that never changes."""
+        images = pipe.complete(average, held_out, epoch=CURVES, **sampling)
+        scores, true = reward(images, held_out), true_preference(images, held_out)
+        rl_grid(run.path / "samples" / f"{epoch:06d}.png", held_out, before, images, epoch)
+        row = {"eval_reward": float(scores.value.mean())} | ({} if true is None else {"eval_gold": float(true.mean())})
+        if "norm" in scores.parts:
+            row |= metrics.quantiles(scores.parts["norm"], "eval_norm")
+        return row
+
+    def step_of(unet, path: Trajectory, condition: Condition, samples: Tensor, steps: Tensor):
+        """Mean, sigma and log-probability that `unet` gives to steps of a rollout: samples (M,), steps (M,)."""
+        t, t_prev = (x[steps] for x in step_times(path.timesteps))
+        x_t, x_prev = path.latents[samples, steps], path.latents[samples, steps + 1]
+        output = predict(unet, x_t, t, condition[samples], guidance=cfg.guidance)
+        mean, sigma = ddim_mean(pipe.schedule, output, x_t, t, t_prev, eta=cfg.eta)
+        return mean, sigma, gaussian_log_prob(x_prev.float(), mean, sigma)
+
+    before = pipe.complete(base, held_out, epoch=CURVES, **sampling)
+    first = look(0)
+    best = first["eval_reward"]
+    run.log(epoch=0, **first, seconds=time.time() - started)
+    print(f"{run.path}: reward {best:.3f} before, on {len(held_out)} held-out prompts")
+
+    bar = progress(range(1, cfg.epochs + 1), "RL")
+    for epoch in bar:
+        # 1. Roll out: every prompt `samples` times, each step's Gaussian log-probability kept (PrefPaint Eq. 2).
+        B = cfg.prompts * cfg.samples
+        prompts = training_prompts((epoch - 1) * cfg.prompts, cfg.prompts).repeat_each(cfg.samples)
+        groups = torch.arange(cfg.prompts).repeat_interleave(cfg.samples)
+        condition = pipe.condition(prompts)
+        path = pipe.sample(policy, prompts, cfg.seed, epoch, range(B), cfg.steps, cfg.eta, cfg.guidance)
+        n = path.latents[0, 0].numel()
+
+        # 2. Score: reward, trust weight, advantage within each prompt's group.
+        images = pipe.decode(path, prompts)
+        scores = reward(images, prompts)
+        advantage = advantages(scores.value, groups).to(pipe.device)
+        gamma = scores.trust if cfg.trust and scores.trust is not None else torch.ones(B)
+        gamma = gamma.to(pipe.device)
+
+        random_steps = path.scored.nonzero()[:, 0]
+        if epoch == 1:  # before any update the replayed probabilities must be those of the rollout
+            with torch.no_grad():
+                rows = torch.arange(min(B, cfg.micro_batch))
+                gap = (
+                    step_of(policy, path, condition, rows, random_steps[:1].expand(len(rows)))[2]
+                    - path.log_probs[rows, random_steps[0]]
+                )
+            if not n * gap.abs().max() <= 0.01 * cfg.clip_range:
+                worst = float(n * gap.abs().max())
+                raise RuntimeError(
+                    f"replay differs from the rollout by {worst:.2g} nats before any update: ratios are wrong"
+                )
+
+        # 3. Update: K random steps of each sample, several optimiser steps on disjoint samples.
+        K = min(cfg.train_steps, len(random_steps))
+        ratios, silenced, grad_norms, losses = [], [], [], []
+        for part in torch.from_numpy(order.permutation(B)).chunk(cfg.updates):
+            steps = torch.stack([random_steps[order.permutation(len(random_steps))[:K]] for _ in part])  # (M, K)
+            pairs = torch.stack([part[:, None].expand_as(steps), steps], -1).flatten(0, 1)  # (M·K, 2)
+            for s, i in (chunk.T for chunk in pairs.split(cfg.micro_batch)):
+                mean, sigma, log_prob = step_of(policy, path, condition, s, i)
+                loss, ratio, clipped = clipped_surrogate(
+                    log_prob, path.log_probs[s, i], advantage[s], clip_range=cfg.clip_range, n=n, gamma=gamma[s]
+                )
+                if cfg.kl_weight > 0:
+                    with torch.no_grad():
+                        mean_base, _, _ = step_of(base, path, condition, s, i)
+                    loss = loss + cfg.kl_weight * gaussian_kl(mean, mean_base, sigma).mean() / n
+                (loss * len(s) / len(pairs)).backward()
+                ratios.append(ratio), silenced.append(clipped), losses.append(loss.item() * len(s) / len(pairs))
+            grad_norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)))
+            optimiser.step()
+            optimiser.zero_grad()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(policy.parameters()), 1 - cfg.ema)
+
+        # 4. Log. KL to the base model in nats, summed over dimensions and scored steps, on one sample a prompt.
+        with torch.no_grad():
+            rows, kl = torch.arange(0, B, cfg.samples), torch.zeros(cfg.prompts)
+            for i in random_steps:
+                at = i.expand(len(rows))
+                mean, sigma, _ = step_of(policy, path, condition, rows, at)
+                kl += gaussian_kl(mean, step_of(base, path, condition, rows, at)[0], sigma).cpu()
+        joint = n * torch.cat(ratios).double().log()
+        row = {
+            "reward": float(scores.value.mean()),
+            "reward_std": float(scores.value.std()),
+            "within_prompt_std": metrics.within_prompt_std(scores.value, groups),
+            "loss": sum(losses) / cfg.updates,
+            "log_ratio_min": float(joint.min()),
+            "log_ratio_max": float(joint.max()),
+            "clip_fraction": float(torch.cat(silenced).float().mean()),
+            "grad_norm": sum(grad_norms) / len(grad_norms),
+            "kl": float(kl.mean()),
+            "diversity": metrics.diversity(images, prompts.masks, groups),
+            **metrics.quantiles(gamma.cpu(), "gamma"),
+        }
+        if "norm" in scores.parts:
+            row |= metrics.quantiles(scores.parts["norm"], "norm")
+        if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
+            row |= look(epoch)
+            meta = {"schedule": asdict(pipe.schedule.config), "epoch": epoch, "eval_reward": row["eval_reward"]}
+            for name in ["last.pt"] + ["best.pt"] * (
+                row["eval_reward"] > best or epoch == min(cfg.eval_every, cfg.epochs)
+            ):
+                checkpoint.save(run.path / name, "unet", average.config, average.state_dict(), meta=meta)
+            best = max(best, row["eval_reward"])
+        run.log(epoch=epoch, **row, seconds=time.time() - started)
+        rl_curves(run)
+        shown = {"reward": f"{row['reward']:.2f}", "kl": f"{row['kl']:.1f}", "clipped": f"{row['clip_fraction']:.0%}"}
+        bar.set_postfix(shown | ({"gold": f"{row['eval_gold']:.2f}"} if "eval_gold" in row else {}), refresh=False)
+
+    # 5. The final comparison: other held-out prompts, independent noise for the two models.
+    judged = held_out_prompts(cfg.eval_prompts, cfg.win_prompts)
+    pair = [pipe.complete(unet, judged, epoch=e, **sampling) for unet, e in ((base, WIN_BASE), (average, WIN_ALIGNED))]
+    true = [true_preference(x, judged) for x in pair]
+    values = [reward(x, judged).value for x in pair]
+    old, new = values if true[0] is None else true
+    wins = metrics.win_rate(new[:, None], old)
+    summary = {
+        "reward_before": float(values[0].mean()),
+        "reward_after": float(values[1].mean()),
+        "gold_before": None if true[0] is None else float(true[0].mean()),
+        "gold_after": None if true[1] is None else float(true[1].mean()),
+        "win_rate": wins,
+        "win_rate_ci": metrics.wilson_interval(wins, len(judged)),
+        "judge": "reward" if true[0] is None else "gold",
+        "kl": run.rows[-1]["kl"],
+        "seconds": time.time() - started,
+        "peak_memory_mb": peak_memory_mb(),
+        "seed": cfg.seed,
+    }
+    run.write_json("summary.json", summary)
+    print(
+        f"{run.path}: reward {summary['reward_before']:.3f} -> {summary['reward_after']:.3f}, "
+        f"WinRate {wins:.3f} by {summary['judge']}"
+    )
+    print(f"look at {run.path / 'samples'} and {run.path / 'curves.png'}")
+
+
+def step_times(timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """t and t_prev of every sampling step, (T,) each."""
+    return timesteps, torch.cat([timesteps[1:], timesteps.new_tensor([-1])])
+
+
+if __name__ == "__main__":
+    run_main("train_rl.py", main)
