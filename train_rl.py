@@ -94,7 +94,7 @@ def prompt_sources(cfg: RLConfig):
     if len(images) < 10:
         fifth = rest = list(range(len(images)))
     print(
-        f"{len(images)} pictures from {cfg.data} ({len(skipped)} skipped): {len(rest)} to train on, {len(fifth)} held out"
+        f"{len(images)} pictures from {cfg.data} ({len(skipped)} skipped): {len(rest)} train, {len(fifth)} held out"
     )
     return (
         lambda start, count: picture_prompts(images[rest], world(RL_WORLD, cfg.seed), start, count),

@@ -324,7 +324,7 @@ class CheckedReward:
             raise ValueError(f"reward {self.name}: returned NaN or infinity; {expected}")
         if len(value) > 1 and bool((value == value[0]).all()):
             raise ValueError(
-                f"reward {self.name}: gave all {len(value)} pictures the value {value[0].item():g}; nothing to learn from"
+                f"reward {self.name}: gave all {len(value)} pictures the value {value[0].item():g}: nothing to learn"
             )
         trust = None if scores.trust is None else scores.trust.float().cpu()
         return Scores(value.detach().float().cpu(), trust, {k: v.cpu() for k, v in scores.parts.items()})

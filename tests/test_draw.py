@@ -81,6 +81,7 @@ def test_scatter_and_band_are_drawn():
 def test_odd_series_do_not_fail():
     nan = math.nan
     series = [line([], []), line([0, 1], [nan, nan]), line([3, 3], [0, 0]), line([1, 2], [-1, 0])]
+    series.append(line([0, nan, 2], [1, 2, nan], band=([0, 1, 1], [2, 3, 3])))
     for y_log in (False, True):
         for s in series:
             assert panel(s, y_log=y_log, h_lines=[(0.5, "half"), (nan, "absent")]).width > 300

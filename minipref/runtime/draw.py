@@ -292,7 +292,7 @@ def _panel(panel: Panel, size: tuple[int, int], left: int, head: int, room: int 
     taken[:room] = 1
     for (s, x, _, _), colour in zip(drawn, colours):
         lo, hi = (_height(b, panel.y_log) for b in s.band or ((), ()))
-        for r in _runs(~np.isnan(lo + hi)):
+        for r in _runs(~np.isnan(lo + hi + x[: len(lo)])):
             edge = np.concatenate([spot(x[r], lo[r]), spot(x[r], hi[r])[::-1]]) * FINE
             mask = _ink(image, box, colour, lambda d, e=edge: d.polygon([tuple(p) for p in e], fill=255), 0.18)
             taken = np.maximum(taken, mask)

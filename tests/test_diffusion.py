@@ -1,0 +1,377 @@
+"""Denoising as decisions (PrefPaint Eqs. 1–2; DDIM; DDPM). Expected values by formula in float64, or by simulation."""
+
+import math
+
+import pytest
+import torch
+
+from minipref.diffusion import (
+    Condition,
+    Schedule,
+    ScheduleConfig,
+    add_noise,
+    ddim_mean,
+    ddim_step,
+    gaussian_log_prob,
+    predict,
+    rollout,
+    sample_generators,
+    target,
+)
+
+KINDS = ["linear", "scaled_linear", "squaredcos_cap_v2"]
+
+
+def schedule(**changes):
+    return Schedule(ScheduleConfig(**{"beta_schedule": "squaredcos_cap_v2", "set_alpha_to_one": True, **changes}))
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def condition(batch, width=3, context=None, empty=None):
+    text = torch.zeros(batch, 2, width) if context is None else context
+    return Condition(text, empty=empty)
+
+
+# ------------------------------------------------------------------------------------------------ schedules
+
+
+def test_linear_schedule_ends_where_its_configuration_says():
+    s = schedule(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    assert s.betas[0].item() == pytest.approx(1e-4) and s.betas[-1].item() == pytest.approx(0.02)
+    assert s.betas[500].item() == pytest.approx(1e-4 + 500 / 999 * (0.02 - 1e-4))
+
+
+def test_scaled_linear_schedule_is_linear_in_the_square_root():
+    s = schedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    expected = [(0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2 for i in (0, 1, 400, 999)]
+    assert s.betas[[0, 1, 400, 999]].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_cosine_schedule_follows_the_squared_cosine():
+    """abar_t = f((t+1)/N)/f(0) with f(u) = cos²((u + 0.008)/1.008·pi/2) (Nichol & Dhariwal 2021, Eq. 17)."""
+    s = schedule()
+
+    def f(u):
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for t in (0, 10, 500, 900):
+        assert s.abar[t].item() == pytest.approx(f((t + 1) / 1000) / f(0), rel=1e-9)
+    assert s.betas.max().item() == 0.999
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_abar_is_the_running_product_of_one_minus_beta(kind):
+    s, product = schedule(beta_schedule=kind), 1.0
+    for t in range(1000):
+        product *= 1 - s.betas[t].item()
+    assert s.abar[-1].item() == pytest.approx(product, rel=1e-9)
+    assert s.abar.dtype == torch.float64 and (s.abar.diff() < 0).all()
+
+
+def test_final_abar_is_one_or_that_of_time_zero():
+    assert schedule(set_alpha_to_one=True).abar_at(torch.tensor([-1])).item() == 1
+    s = schedule(set_alpha_to_one=False)
+    assert s.abar_at(torch.tensor([-1])).item() == s.abar[0].item()
+    assert s.abar_at(torch.tensor([0, 7])).tolist() == [s.abar[0].item(), s.abar[7].item()]
+
+
+def test_timestep_spacings_are_those_of_lin_et_al():
+    """Lin et al. 2023 (arXiv 2305.08891), Table 2, for ten steps of a thousand."""
+    assert schedule(timestep_spacing="leading", steps_offset=0).timesteps(10).tolist() == list(range(900, -1, -100))
+    assert schedule(timestep_spacing="leading", steps_offset=1).timesteps(10).tolist() == list(range(901, 0, -100))
+    assert schedule(timestep_spacing="trailing").timesteps(10).tolist() == list(range(999, 98, -100))
+    assert schedule(timestep_spacing="linspace").timesteps(10).tolist() == list(range(999, -1, -111))
+
+
+def test_one_step_and_all_steps_are_allowed_and_others_refused():
+    s = schedule(timestep_spacing="trailing")
+    assert s.timesteps(1).tolist() == [999] and s.timesteps(1000).tolist() == list(range(999, -1, -1))
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match="choose 1 to 1000"):
+            s.timesteps(steps)
+
+
+@pytest.mark.parametrize("field", ["beta_schedule", "prediction_type", "timestep_spacing"])
+def test_an_unknown_schedule_option_is_named(field):
+    with pytest.raises(ValueError, match=f"{field}='nonsense'"):
+        schedule(**{field: "nonsense"}).timesteps(4)
+
+
+# ------------------------------------------------------------------------------------------------ forward process
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_is_added_with_unit_total_variance(kind):
+    s, x_0, eps, t = schedule(beta_schedule=kind), randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1), torch.tensor([0, 400, 999])
+    x_t = add_noise(s, x_0, eps, t)
+    for i in range(3):
+        a = s.abar[t[i]].item()
+        assert torch.allclose(x_t[i], math.sqrt(a) * x_0[i] + math.sqrt(1 - a) * eps[i], atol=1e-12)
+
+
+def test_v_is_the_time_derivative_along_the_noising_circle():
+    """With sqrt(abar) = cos(phi), x_phi = cos(phi)·x_0 + sin(phi)·eps and v = d x_phi / d phi (Salimans & Ho 2022)."""
+    s, x_0, eps = schedule(prediction_type="v_prediction"), randn(1, 1, 2, 2), randn(1, 1, 2, 2, seed=1)
+    phi, h = math.acos(math.sqrt(s.abar[300].item())), 1e-6
+    derivative = ((math.cos(phi + h) - math.cos(phi - h)) * x_0 + (math.sin(phi + h) - math.sin(phi - h)) * eps) / (2 * h)
+    assert torch.allclose(target(s, x_0, eps, torch.tensor([300])), derivative, atol=1e-8)
+    assert torch.equal(target(schedule(prediction_type="epsilon"), x_0, eps, torch.tensor([300])), eps)
+
+
+def test_shapes_that_do_not_fit_are_refused_with_both_shapes():
+    s, x = schedule(), randn(2, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"\(2, 1, 4, 4\).*\(2, 1, 4, 5\)"):
+        add_noise(s, x, randn(2, 1, 4, 5), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"\(1, 1, 4, 4\)"):
+        ddim_mean(s, x[:1], x, 500, 400, eta=1)
+    with pytest.raises(ValueError, match="x_prev"):
+        ddim_step(s, x, x, 500, 400, eta=1, x_prev=x[:1])
+    for both in ({}, {"noise": x, "x_prev": x}):
+        with pytest.raises(ValueError, match="either noise"):
+            ddim_step(s, x, x, 500, 400, eta=1, **both)
+
+
+# ------------------------------------------------------------------------------------------------ one step
+
+
+def eq2(s, output, x_t, t, t_prev, eta):
+    """PrefPaint Eq. 2 in plain float64 arithmetic, through x0_hat and eps_theta."""
+    a = s.abar[t].item()
+    p = s.abar[t_prev].item() if t_prev >= 0 else s.final_abar.item()
+    if s.config.prediction_type == "epsilon":
+        eps = output
+        x0 = (x_t - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    else:
+        x0 = math.sqrt(a) * x_t - math.sqrt(1 - a) * output
+        eps = math.sqrt(a) * output + math.sqrt(1 - a) * x_t
+    sigma2 = eta**2 * (1 - p) / (1 - a) * (1 - a / p)
+    return math.sqrt(p) * x0 + math.sqrt(1 - p - sigma2) * eps, math.sqrt(sigma2)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_the_step_is_equation_two(prediction, kind, eta):
+    s = schedule(prediction_type=prediction, beta_schedule=kind, set_alpha_to_one=False)
+    x_t, out = randn(1, 2, 3, 3), randn(1, 2, 3, 3, seed=1)
+    for t, t_prev in ((950, 700), (500, 499), (20, 1), (3, 0), (5, -1)):
+        mean, sigma = ddim_mean(s, out, x_t, t, t_prev, eta=eta)
+        expected, expected_sigma = eq2(s, out, x_t, t, t_prev, eta)
+        assert torch.allclose(mean, expected, rtol=1e-9, atol=1e-9)
+        assert sigma.item() == pytest.approx(expected_sigma, rel=1e-9, abs=1e-12)
+
+
+def test_times_may_differ_within_a_batch():
+    s, x, out = schedule(), randn(3, 1, 2, 2), randn(3, 1, 2, 2, seed=1)
+    t, t_prev = torch.tensor([900, 400, 30]), torch.tensor([700, 100, -1])
+    mean, sigma = ddim_mean(s, out, x, t, t_prev, eta=1)
+    for i in range(3):
+        one, s_one = ddim_mean(s, out[i : i + 1], x[i : i + 1], int(t[i]), int(t_prev[i]), eta=1)
+        assert torch.equal(mean[i : i + 1], one) and torch.equal(sigma[i : i + 1], s_one)
+
+
+def test_ddim_at_eta_one_is_the_posterior_of_the_ddpm():
+    """q(x_{t−1} | x_t, x_0) from the product of two Gaussians: the forward step and the marginal (DDPM Eqs. 6–7)."""
+    s, x_0, eps = schedule(prediction_type="epsilon"), randn(1, 1, 4, 4), randn(1, 1, 4, 4, seed=1)
+    for t in (1, 50, 500, 990):
+        x_t = add_noise(s, x_0, eps, torch.tensor([t]))
+        alpha, p = 1 - s.betas[t].item(), s.abar[t - 1].item()
+        precision = alpha / (1 - alpha) + 1 / (1 - p)  # x_t ~ N(sqrt(alpha) x_prev, 1 − alpha), x_prev ~ N(sqrt(p) x_0, 1 − p)
+        expected = (math.sqrt(alpha) * x_t / (1 - alpha) + math.sqrt(p) * x_0 / (1 - p)) / precision
+        mean, sigma = ddim_mean(s, eps, x_t, t, t - 1, eta=1)
+        assert torch.allclose(mean, expected, atol=1e-8)
+        assert sigma.item() ** 2 == pytest.approx(1 / precision, rel=1e-8)
+
+
+def test_single_precision_holds_at_the_noisiest_step():
+    """Going through eps by hand in fp32 loses digits at t = 999; the float64 coefficient tables do not."""
+    s = schedule(prediction_type="v_prediction")
+    x, v = randn(1, 2, 4, 4), randn(1, 2, 4, 4, seed=1)
+    exact, _ = eq2(s, v, x, 999, 832, 1.0)
+    mean, _ = ddim_mean(s, v.float(), x.float(), 999, 832, eta=1)
+    assert mean.dtype == torch.float32 and (mean.double() - exact).abs().max() < 1e-6
+
+
+def test_log_probability_is_the_gaussian_density_per_dimension():
+    s, x_t, out, noise = schedule(), randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1), randn(2, 3, 4, 4, seed=2)
+    x_prev, log_prob = ddim_step(s, out, x_t, 800, 600, eta=0.7, noise=noise)
+    mean, sigma = eq2(s, out, x_t, 800, 600, 0.7)
+    density = torch.distributions.Normal(mean, sigma).log_prob(x_prev)
+    assert torch.allclose(x_prev, mean + sigma * noise, atol=1e-9)
+    assert log_prob.shape == (2,) and torch.allclose(log_prob, density.flatten(1).mean(1), atol=1e-10)
+    again, scored = ddim_step(s, out, x_t, 800, 600, eta=0.7, x_prev=x_prev)
+    assert torch.equal(again, x_prev) and torch.equal(scored, log_prob)
+
+
+def test_log_probability_of_the_mean_is_that_of_the_normalising_constant():
+    x, sigma = torch.zeros(1, 2, 2, 2), torch.full((1, 1, 1, 1), 0.5)
+    assert gaussian_log_prob(x, x, sigma).item() == pytest.approx(-math.log(0.5) - 0.5 * math.log(2 * math.pi), abs=1e-6)
+    one_off = gaussian_log_prob(x + 1, x, sigma).item() - gaussian_log_prob(x, x, sigma).item()
+    assert one_off == pytest.approx(-0.5 / 0.25, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_latent_is_rounded_to_its_storage_type_before_it_is_scored(dtype):
+    """Were it scored first and rounded after, a replay would find another probability."""
+    s = schedule()
+    x_t, out, noise = (randn(2, 3, 8, 8, seed=i, dtype=torch.float32).to(dtype) for i in range(3))
+    x_prev, log_prob = ddim_step(s, out, x_t, 500, 300, eta=1, noise=noise)
+    assert x_prev.dtype == dtype and log_prob.dtype == torch.float32
+    _, replayed = ddim_step(s, out, x_t, 500, 300, eta=1, x_prev=x_prev)
+    assert torch.equal(log_prob, replayed)
+
+
+# ------------------------------------------------------------------------------------------------ guidance
+
+
+class Counting(torch.nn.Module):
+    """Predicts from the text alone and counts the samples that it was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.samples = 0
+
+    def forward(self, x, t, context):
+        self.samples += len(x)
+        return x[:, :1] * 0 + context.mean((1, 2))[:, None, None, None] + 0.001 * t[:, None, None, None]
+
+
+def test_guidance_extrapolates_from_the_empty_text():
+    text, empty = torch.ones(2, 2, 3), torch.full((2, 2, 3), 0.25)
+    out = predict(Counting(), torch.zeros(2, 1, 2, 2), 7, condition(2, context=text, empty=empty), guidance=3.0)
+    assert torch.allclose(out, torch.full_like(out, 0.25 + 3.0 * (1 - 0.25) + 0.007))
+
+
+@pytest.mark.parametrize(
+    "guidance,text,calls", [(1.0, 1.0, 2), (5.0, 0.0, 2), (5.0, 1.0, 4)], ids=["scale 1", "equal prompts", "needed"]
+)
+def test_guidance_that_changes_nothing_costs_one_call(guidance, text, calls):
+    unet, empty = Counting(), torch.zeros(2, 2, 3)
+    both = condition(2, context=torch.full((2, 2, 3), text), empty=empty)
+    out = predict(unet, torch.zeros(2, 1, 2, 2), 0, both, guidance=guidance)
+    assert unet.samples == calls
+    assert torch.allclose(out, torch.full_like(out, guidance * text))
+
+
+def test_equal_prompts_make_half_the_calls_and_the_same_numbers():
+    """PrefPaint's released loop guides between two identical empty prompts: twice the cost, no effect."""
+    empty = torch.zeros(2, 2, 3)
+    kw = {"shape": (1, 2, 2), "steps": 4, "eta": 1.0}
+    plain, guided = Counting(), Counting()
+    a = rollout(plain, schedule(), condition(2, context=empty), generator=sample_generators(0, 0, [0, 1]), **kw)
+    b = rollout(
+        guided, schedule(), condition(2, context=empty, empty=empty), guidance=7.5,
+        generator=sample_generators(0, 0, [0, 1]), **kw,
+    )  # fmt: skip
+    assert torch.equal(a.latents, b.latents) and plain.samples == guided.samples == 2 * 4
+
+
+def test_inpainting_input_is_noisy_latent_then_mask_then_masked_picture():
+    x, m, p = (torch.full((1, c, 2, 2), float(v)) for c, v in ((2, 1), (1, 2), (2, 3)))
+    c = Condition(torch.zeros(1, 1, 1), mask=m, masked=p)
+    assert c.unet_input(x)[0, :, 0, 0].tolist() == [1, 1, 2, 3, 3]
+    assert torch.equal(condition(1).unet_input(x), x)
+
+
+# ------------------------------------------------------------------------------------------------ rollouts
+
+
+class Linear(torch.nn.Module):
+    """The exact epsilon predictor of Gaussian data x_0 ~ N(mu, s²): everything about its samples is known."""
+
+    def __init__(self, s, mu, std):
+        super().__init__()
+        self.s, self.mu, self.std = s, mu, std
+
+    def forward(self, x, t, context):
+        a = self.s.abar_at(t).to(x)[:, None, None, None]
+        return (1 - a).sqrt() * (x - a.sqrt() * self.mu) / (a * self.std**2 + 1 - a)
+
+
+def exact_moments(s, mu, std, steps, eta):
+    """Mean and standard deviation of the samples by propagating them through every affine step in float64."""
+    times = s.timesteps(steps).tolist()
+    m, v = 0.0, 1.0
+    for t, p in zip(times, times[1:] + [-1]):
+        a, ap = s.abar[t].item(), (s.abar[p].item() if p >= 0 else s.final_abar.item())
+        slope, offset = math.sqrt(1 - a) / (a * std**2 + 1 - a), -math.sqrt(1 - a) * math.sqrt(a) * mu / (a * std**2 + 1 - a)
+        sigma2 = eta**2 * (1 - ap) / (1 - a) * (1 - a / ap)
+        c0, ce = math.sqrt(ap), math.sqrt(1 - ap - sigma2)
+        k = c0 / math.sqrt(a) + (ce - c0 * math.sqrt(1 - a) / math.sqrt(a)) * slope
+        d = (ce - c0 * math.sqrt(1 - a) / math.sqrt(a)) * offset
+        m, v = k * m + d, k**2 * v + sigma2
+    return m, math.sqrt(v)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_samples_of_a_linear_gaussian_model_have_the_exact_mean_and_variance(eta):
+    s, mu, std, count = schedule(prediction_type="epsilon"), 0.7, 0.4, 8000
+    path = rollout(
+        Linear(s, mu, std), s, condition(count), shape=(1, 1, 4), steps=12, eta=eta,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    x = path.latents[:, -1].double().flatten()
+    m, sd = exact_moments(s, mu, std, 12, eta)
+    n = len(x)  # bounds of 5.5 standard errors: false alarm below 1e-7 for each
+    assert abs(x.mean().item() - m) < 5.5 * sd / math.sqrt(n)
+    assert abs(x.std().item() - sd) < 5.5 * sd / math.sqrt(2 * n)
+
+
+def test_a_trajectory_holds_every_latent_and_the_probability_of_every_random_step():
+    s, net = schedule(prediction_type="epsilon", timestep_spacing="trailing"), None
+    net = Linear(s, 0.0, 1.0)
+    path = rollout(net, s, condition(3), shape=(2, 4, 4), steps=5, eta=1.0, generator=sample_generators(0, 1, range(3)))
+    assert path.latents.shape == (3, 6, 2, 4, 4) and path.log_probs.shape == (3, 5)
+    assert path.timesteps.tolist() == s.timesteps(5).tolist()
+    assert path.scored.tolist() == [True] * 4 + [False]  # the last step has sigma = 0
+    assert path.times(0) == (999, 799) and path.times(4) == (199, -1)
+    for i in range(4):
+        t, t_prev = path.times(i)
+        out = net(path.latents[:, i], torch.full((3,), t), None)
+        x_prev, log_prob = ddim_step(s, out, path.latents[:, i], t, t_prev, eta=1.0, x_prev=path.latents[:, i + 1])
+        assert torch.allclose(log_prob, path.log_probs[:, i], atol=1e-6)
+
+
+def test_steps_without_noise_are_never_scored():
+    net = Linear(schedule(), 0.0, 1.0)
+    path = rollout(net, schedule(), condition(1), shape=(1, 2, 2), steps=4, eta=0.0, generator=torch.Generator())
+    assert not path.scored.any()
+    tiny = rollout(
+        net, schedule(set_alpha_to_one=False, timestep_spacing="leading", steps_offset=1), condition(1),
+        shape=(1, 2, 2), steps=4, eta=1.0, generator=torch.Generator(),
+    )  # fmt: skip
+    assert tiny.scored.all()  # Stable Diffusion's settings end at abar_0 < 1: even the last step is random
+
+
+def test_noise_depends_on_seed_epoch_and_sample_index_alone():
+    s, net = schedule(), Linear(schedule(), 0.3, 0.5)
+    kw = {"shape": (1, 4, 4), "steps": 3, "eta": 1.0}
+    whole = rollout(net, s, condition(6), generator=sample_generators(3, 5, range(6)), **kw).latents
+    parts = [rollout(net, s, condition(2), generator=sample_generators(3, 5, range(i, i + 2)), **kw).latents for i in (0, 2, 4)]
+    assert torch.equal(whole, torch.cat(parts))
+    first = {
+        tuple(torch.randn(3, generator=sample_generators(*k)[0]).tolist())
+        for k in [(0, 0, [0]), (0, 0, [1]), (0, 1, [0]), (1, 0, [0]), (0, -1, [0]), (1, 1, [1])]
+    }
+    assert len(first) == 6
+    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
+        rollout(net, s, condition(3), generator=sample_generators(0, 0, range(2)), **kw)
+
+
+def test_generators_of_neighbouring_samples_are_uncorrelated():
+    """16 streams of 4,000 numbers: 120 correlations below 5.5/sqrt(4000); false alarm below 120·4e-8 = 5e-6 … at 6: 2e-7."""
+    x = torch.stack([torch.randn(4000, generator=g) for g in sample_generators(0, 0, range(16))])
+    off = torch.corrcoef(x) - torch.eye(16)
+    assert off.abs().max() < 6 / math.sqrt(4000)
+
+
+def test_latents_are_stored_in_the_type_asked_for_and_fed_on_as_stored():
+    s, net = schedule(), Linear(schedule(), 0.0, 1.0)
+    path = rollout(net, s, condition(2), shape=(1, 4, 4), steps=4, eta=1.0, generator=torch.Generator(), dtype=torch.float16)
+    assert path.latents.dtype == torch.float16 and path.log_probs.dtype == torch.float32
+    out = net(path.latents[:, 1], torch.full((2,), path.times(1)[0]), None)
+    _, log_prob = ddim_step(s, out, path.latents[:, 1], *path.times(1), eta=1.0, x_prev=path.latents[:, 2])
+    assert torch.equal(log_prob, path.log_probs[:, 1])
