@@ -93,9 +93,7 @@ def prompt_sources(cfg: RLConfig):
     rest = [i for i in range(len(images)) if i % 5 != 4]
     if len(images) < 10:
         fifth = rest = list(range(len(images)))
-    print(
-        f"{len(images)} pictures from {cfg.data} ({len(skipped)} skipped): {len(rest)} train, {len(fifth)} held out"
-    )
+    print(f"{len(images)} pictures from {cfg.data} ({len(skipped)} skipped): {len(rest)} train, {len(fifth)} held out")
     return (
         lambda start, count: picture_prompts(images[rest], world(RL_WORLD, cfg.seed), start, count),
         lambda start, count: picture_prompts(images[fifth], world(HELD_OUT_WORLD, cfg.held_out), start, count),

@@ -80,12 +80,17 @@ class Schedule:
         if spacing == "leading":
             t = torch.arange(steps) * (N // steps) + self.config.steps_offset
         elif spacing == "trailing":
-            t = (N - torch.arange(steps, dtype=torch.float64) * N / steps).round().long().flip(0) - 1
+            stride = (N - N / steps) - N  # −N/steps as numpy's arange forms it: rounding ties fall as diffusers' do
+            t = (N + torch.arange(steps, dtype=torch.float64) * stride).round().long().flip(0) - 1
         elif spacing == "linspace":
-            t = torch.linspace(0, N - 1, steps, dtype=torch.float64).round().long()
+            t = (torch.arange(steps, dtype=torch.float64) * ((N - 1) / max(steps - 1, 1))).round().long()
         else:
             raise ValueError(f"timestep_spacing={spacing!r}; choose leading, trailing or linspace")
-        return t.clamp(max=N - 1).flip(0)
+        if t[-1] >= N:
+            raise ValueError(
+                f"steps={steps}: with steps_offset={self.config.steps_offset} they begin beyond time {N - 1}"
+            )
+        return t.flip(0)
 
     def coefficients(self, t: Tensor, t_prev: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
         """k_x, k_out, sigma of the step t → t_prev, float64, shaped like t:

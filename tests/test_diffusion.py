@@ -105,7 +105,12 @@ def test_an_unknown_schedule_option_is_named(field):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_is_added_with_unit_total_variance(kind):
-    s, x_0, eps, t = schedule(beta_schedule=kind), randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1), torch.tensor([0, 400, 999])
+    s, x_0, eps, t = (
+        schedule(beta_schedule=kind),
+        randn(3, 2, 4, 4),
+        randn(3, 2, 4, 4, seed=1),
+        torch.tensor([0, 400, 999]),
+    )
     x_t = add_noise(s, x_0, eps, t)
     for i in range(3):
         a = s.abar[t[i]].item()
@@ -116,7 +121,9 @@ def test_v_is_the_time_derivative_along_the_noising_circle():
     """With sqrt(abar) = cos(phi), x_phi = cos(phi)·x_0 + sin(phi)·eps and v = d x_phi / d phi (Salimans & Ho 2022)."""
     s, x_0, eps = schedule(prediction_type="v_prediction"), randn(1, 1, 2, 2), randn(1, 1, 2, 2, seed=1)
     phi, h = math.acos(math.sqrt(s.abar[300].item())), 1e-6
-    derivative = ((math.cos(phi + h) - math.cos(phi - h)) * x_0 + (math.sin(phi + h) - math.sin(phi - h)) * eps) / (2 * h)
+    derivative = ((math.cos(phi + h) - math.cos(phi - h)) * x_0 + (math.sin(phi + h) - math.sin(phi - h)) * eps) / (
+        2 * h
+    )
     assert torch.allclose(target(s, x_0, eps, torch.tensor([300])), derivative, atol=1e-8)
     assert torch.equal(target(schedule(prediction_type="epsilon"), x_0, eps, torch.tensor([300])), eps)
 
@@ -179,7 +186,9 @@ def test_ddim_at_eta_one_is_the_posterior_of_the_ddpm():
     for t in (1, 50, 500, 990):
         x_t = add_noise(s, x_0, eps, torch.tensor([t]))
         alpha, p = 1 - s.betas[t].item(), s.abar[t - 1].item()
-        precision = alpha / (1 - alpha) + 1 / (1 - p)  # x_t ~ N(sqrt(alpha) x_prev, 1 − alpha), x_prev ~ N(sqrt(p) x_0, 1 − p)
+        precision = alpha / (1 - alpha) + 1 / (
+            1 - p
+        )  # x_t ~ N(sqrt(alpha) x_prev, 1 − alpha), x_prev ~ N(sqrt(p) x_0, 1 − p)
         expected = (math.sqrt(alpha) * x_t / (1 - alpha) + math.sqrt(p) * x_0 / (1 - p)) / precision
         mean, sigma = ddim_mean(s, eps, x_t, t, t - 1, eta=1)
         assert torch.allclose(mean, expected, atol=1e-8)
@@ -208,7 +217,9 @@ def test_log_probability_is_the_gaussian_density_per_dimension():
 
 def test_log_probability_of_the_mean_is_that_of_the_normalising_constant():
     x, sigma = torch.zeros(1, 2, 2, 2), torch.full((1, 1, 1, 1), 0.5)
-    assert gaussian_log_prob(x, x, sigma).item() == pytest.approx(-math.log(0.5) - 0.5 * math.log(2 * math.pi), abs=1e-6)
+    assert gaussian_log_prob(x, x, sigma).item() == pytest.approx(
+        -math.log(0.5) - 0.5 * math.log(2 * math.pi), abs=1e-6
+    )
     one_off = gaussian_log_prob(x + 1, x, sigma).item() - gaussian_log_prob(x, x, sigma).item()
     assert one_off == pytest.approx(-0.5 / 0.25, abs=1e-6)
 
@@ -297,7 +308,10 @@ def exact_moments(s, mu, std, steps, eta):
     m, v = 0.0, 1.0
     for t, p in zip(times, times[1:] + [-1]):
         a, ap = s.abar[t].item(), (s.abar[p].item() if p >= 0 else s.final_abar.item())
-        slope, offset = math.sqrt(1 - a) / (a * std**2 + 1 - a), -math.sqrt(1 - a) * math.sqrt(a) * mu / (a * std**2 + 1 - a)
+        slope, offset = (
+            math.sqrt(1 - a) / (a * std**2 + 1 - a),
+            -math.sqrt(1 - a) * math.sqrt(a) * mu / (a * std**2 + 1 - a),
+        )
         sigma2 = eta**2 * (1 - ap) / (1 - a) * (1 - a / ap)
         c0, ce = math.sqrt(ap), math.sqrt(1 - ap - sigma2)
         k = c0 / math.sqrt(a) + (ce - c0 * math.sqrt(1 - a) / math.sqrt(a)) * slope
@@ -350,7 +364,10 @@ def test_noise_depends_on_seed_epoch_and_sample_index_alone():
     s, net = schedule(), Linear(schedule(), 0.3, 0.5)
     kw = {"shape": (1, 4, 4), "steps": 3, "eta": 1.0}
     whole = rollout(net, s, condition(6), generator=sample_generators(3, 5, range(6)), **kw).latents
-    parts = [rollout(net, s, condition(2), generator=sample_generators(3, 5, range(i, i + 2)), **kw).latents for i in (0, 2, 4)]
+    parts = [
+        rollout(net, s, condition(2), generator=sample_generators(3, 5, range(i, i + 2)), **kw).latents
+        for i in (0, 2, 4)
+    ]
     assert torch.equal(whole, torch.cat(parts))
     first = {
         tuple(torch.randn(3, generator=sample_generators(*k)[0]).tolist())
@@ -370,7 +387,9 @@ def test_generators_of_neighbouring_samples_are_uncorrelated():
 
 def test_latents_are_stored_in_the_type_asked_for_and_fed_on_as_stored():
     s, net = schedule(), Linear(schedule(), 0.0, 1.0)
-    path = rollout(net, s, condition(2), shape=(1, 4, 4), steps=4, eta=1.0, generator=torch.Generator(), dtype=torch.float16)
+    path = rollout(
+        net, s, condition(2), shape=(1, 4, 4), steps=4, eta=1.0, generator=torch.Generator(), dtype=torch.float16
+    )
     assert path.latents.dtype == torch.float16 and path.log_probs.dtype == torch.float32
     out = net(path.latents[:, 1], torch.full((2,), path.times(1)[0]), None)
     _, log_prob = ddim_step(s, out, path.latents[:, 1], *path.times(1), eta=1.0, x_prev=path.latents[:, 2])

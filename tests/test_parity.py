@@ -118,9 +118,7 @@ def test_unet_of_stable_diffusion_15_inpainting_gives_diffusers_numbers(diffuser
 
 # ------------------------------------------------------------------------------------------------ CLIP
 
-TINY_CLIP = replace(
-    small_clip(), vocab_size=60, max_position_embeddings=9, vision_hidden_size=60, image_mean=(0, 0.2, 1)
-)
+TINY_CLIP = replace(small_clip(), vocab_size=60, vision_hidden_size=60, image_mean=(0.0, 0.2, 1.0))
 PUBLISHED = {"logit_scale", "text_model.embeddings.token_embedding.weight", "vision_model.pre_layrnorm.weight"}
 
 
@@ -157,8 +155,7 @@ def test_clip_gives_transformers_embeddings(transformers, act, eos):
 def test_clip_has_the_layers_of_transformers(transformers, config):
     with torch.device("meta"):
         ours, theirs = CLIP(config), their_clip(transformers, config)
-    assert layers(ours) == layers(theirs)
-    assert PUBLISHED <= layers(ours).keys()
+    assert layers(ours) == layers(theirs) and PUBLISHED <= layers(ours).keys()
 
 
 def test_clip_loads_old_files_that_carry_position_ids():
@@ -193,10 +190,9 @@ def test_schedule_tables_agree_with_diffusers(diffusers, betas):
 @each_spacing
 def test_timesteps_agree_with_diffusers(diffusers, spacing, offset):
     ours, theirs = schedules(diffusers, ScheduleConfig(timestep_spacing=spacing, steps_offset=offset))
-    # Not at every count: a time on a rounding tie may differ by one, and diffusers' "trailing" sometimes adds time -1.
-    for steps in (1, 2, 3, 7, 10, 20, 30, 50, 100, 333, 999):
-        theirs.set_timesteps(steps)
-        assert ours.timesteps(steps).tolist() == theirs.timesteps.tolist(), steps
+    for steps in [*range(1, 101), 144, 333, 500, 999]:  # rounding ties at 27, 31, 48, 96, 144 among them
+        theirs.set_timesteps(steps)  # its "trailing" sometimes appends time -1
+        assert ours.timesteps(steps).tolist() == theirs.timesteps[:steps].tolist(), steps
 
 
 @parametrize("prediction", ["epsilon", "v_prediction"])
@@ -243,17 +239,15 @@ def test_noising_and_velocity_agree_with_diffusers(diffusers, betas):
 @parametrize("schedule", [ScheduleConfig(), SMALL_SCHEDULE], ids=["epsilon, leading", "small preset"])
 @parametrize("guidance", [1.0, 3.0])
 def test_rollout_is_a_plain_diffusers_loop_at_eta_0(diffusers, schedule, guidance):
-    config = tiny_unet(CROSS, PLAIN, in_channels=9)
-    theirs = randomised(diffusers.UNet2DConditionModel(**asdict(config)), 0)
-    unet = UNet(config)
-    unet.load_state_dict(theirs.state_dict())
+    unet = randomised(UNet(tiny_unet(CROSS, PLAIN, in_channels=9)), 0)
+    theirs = diffusers.UNet2DConditionModel(**asdict(unet.config))
+    theirs.load_state_dict(unet.state_dict())
     ours, scheduler = schedules(diffusers, schedule)
     g = torch.Generator().manual_seed(4)
     empty, context = torch.randn(2, 2, 7, 24, generator=g)
     mask, masked = (torch.rand(2, 1, 8, 8, generator=g) < 0.5).float(), torch.randn(2, 4, 8, 8, generator=g)
     condition = Condition(context, mask, masked, empty)
     path = rollout(unet, ours, condition, shape=(4, 8, 8), steps=10, eta=0.0, guidance=guidance, generator=g)
-
     scheduler.set_timesteps(10)
     x = path.latents[:, 0]
     with torch.no_grad():
@@ -261,4 +255,4 @@ def test_rollout_is_a_plain_diffusers_loop_at_eta_0(diffusers, schedule, guidanc
             sample = torch.cat([x, mask, masked], dim=1)
             without, given = theirs(torch.cat([sample] * 2), t, torch.cat([empty, context])).sample.chunk(2)
             x = scheduler.step(without + guidance * (given - without), t, x, eta=0.0).prev_sample
-    assert max_diff(path.latents[:, -1], x) <= 1e-5 * x.abs().max().item()
+    assert max_diff(path.latents[:, -1], x) <= 1e-4 * x.abs().max().item()
