@@ -223,8 +223,9 @@ class Condition:
 
     def unet_input(self, x_t: Tensor) -> Tensor:
         """cat[noisy latent, mask, masked-image latent] along the channels, as Stable Diffusion inpainting has it."""
-        if self.mask is None or self.masked is None:
+        if self.mask is None:
             return x_t
+        assert self.masked is not None
         return torch.cat([x_t, self.mask.to(x_t.dtype), self.masked.to(x_t.dtype)], dim=1)
 
 

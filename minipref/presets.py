@@ -8,6 +8,7 @@ from .models.clip import CLIPConfig
 from .models.codec import SpaceToDepth
 from .models.tokenizer import EOS, WordTokenizer
 from .models.unet import UNetConfig
+from .rewards import FeatureConfig
 
 
 def small_tokenizer() -> WordTokenizer:
@@ -51,6 +52,8 @@ SMALL_UNET = UNetConfig(
     attention_head_dim=4,
     norm_num_groups=8,
 )
+
+SMALL_FEATURES = FeatureConfig(widths=(24, 48, 64), dim=64)
 
 SMALL_SCHEDULE = ScheduleConfig(
     beta_schedule="squaredcos_cap_v2",

@@ -26,7 +26,7 @@ from .losses import denoising_loss
 from .models.clip import CLIP, clip_loss
 from .models.unet import UNet
 from .pipeline import Pipeline, load_clip
-from .presets import SMALL_CODEC, SMALL_SCHEDULE, SMALL_UNET, small_clip, small_tokenizer
+from .presets import SMALL_CODEC, SMALL_FEATURES, SMALL_SCHEDULE, SMALL_UNET, small_clip, small_tokenizer
 from .rewards import FeatureConfig, LearnedReward, RewardFeatures, ridge_fit, trust_from_quantiles
 from .runtime import checkpoint
 from .runtime.config import opt, parse
@@ -284,7 +284,7 @@ def train_reward(cfg: PretrainConfig, out: Path) -> dict:
     split = {k: select(r, v) for k, v in split_by_prompt(r.groups, cfg.seed).items()}
     mean, spread = float(split["features"].labels.mean()), float(split["features"].labels.std())
     y = {k: (v.labels - mean) / spread for k, v in split.items()}
-    tower = fit_features(split["features"], y["features"], FeatureConfig(), cfg.seed, cfg.reward_epochs, cfg.reward_lr)
+    tower = fit_features(split["features"], y["features"], SMALL_FEATURES, cfg.seed, cfg.reward_epochs, cfg.reward_lr)
     with torch.no_grad():
         z = {k: tower(v.images, v.prompts.masked, v.prompts.masks) for k, v in split.items()}
     ridge = ridge_fit(z["ridge"], y["ridge"], cfg.ridge_lam)

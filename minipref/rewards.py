@@ -125,8 +125,8 @@ def trust_from_quantiles(norms: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    widths: tuple[int, ...] = (24, 48, 64)  # channels at full, half and quarter resolution
-    dim: int = 64  # d, the length of z (PrefPaint: 256)
+    widths: tuple[int, ...]  # channels at full, half, quarter … resolution
+    dim: int  # d, the length of z (PrefPaint: 256)
 
 
 class RewardFeatures(nn.Module):
@@ -152,8 +152,7 @@ class RewardFeatures(nn.Module):
         h, hole, pooled = torch.cat([images * 2 - 1, masked * 2 - 1, masks], dim=1), masks, []
         for stage in self.stages:
             h = stage(h)
-            if hole.shape[-2:] != h.shape[-2:]:
-                hole = F.adaptive_max_pool2d(hole, h.shape[-2:])
+            hole = F.adaptive_max_pool2d(hole, h.shape[-2:])
             pooled.append((h * hole).sum((2, 3)) / hole.sum((2, 3)).clamp(min=1))
             pooled.append((h * hole).amax((2, 3)))  # h ≥ 0, so what lies outside cannot win
         return self.project(torch.cat(pooled, dim=1))

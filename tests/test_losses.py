@@ -1,4 +1,4 @@
-"""The policy gradient of PrefPaint (Eqs. 1, 12) and its parts. Expected values by hand, finite differences, Monte Carlo."""
+"""The policy gradient of PrefPaint (Eqs. 1, 12) and its parts, by hand, by finite differences and by Monte Carlo."""
 
 import math
 
@@ -142,7 +142,7 @@ def test_kl_against_monte_carlo():
 
 
 class TwoStep:
-    """A policy of two denoising steps on two dimensions, x → theta·x, whose samples, densities and gradient are known."""
+    """A policy of two denoising steps on two dimensions, x → theta·x: samples, densities and gradient are known."""
 
     def __init__(self):
         self.schedule = Schedule(ScheduleConfig(beta_schedule="squaredcos_cap_v2"))

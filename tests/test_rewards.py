@@ -30,7 +30,7 @@ def learned(seed=0):
 
 
 def test_ridge_solves_the_normal_equations_in_float64():
-    """Against the gradient of ‖Z psi − y‖² + lam‖psi‖², which must vanish, and numpy's least squares on stacked data."""
+    """Ridge is least squares on data with sqrt(lam)·I stacked below: numpy solves that by other means."""
     Z, y, lam = gaussian(30, 4), gaussian(30, seed=1), 0.7
     ridge = R.ridge_fit(Z.float(), y.float(), lam)
     assert ridge.psi.dtype == DOUBLE and ridge.lam == lam
@@ -110,7 +110,7 @@ def test_bound_factor_is_equation_eight_by_hand():
 
 
 def test_the_martingale_identity_behind_the_bound():
-    """E[(det(lam I)/det V)^½ exp(‖Zᵀnoise‖²_V⁻¹ / (2 s²))] = 1 for Gaussian noise of scale s (Abbasi-Yadkori et al. 2011).
+    """E[(det(lam I)/det V)^½ exp(‖Zᵀnoise‖²_V⁻¹ / (2 s²))] = 1 for Gaussian noise of scale s (Abbasi-Yadkori et al.).
 
     Every eigenvalue of ZᵀZ lies below lam, so the variance is finite. 200,000 draws; 6 standard errors: 2e-9."""
     Z, lam, s = gaussian(8, 3) * 0.2, 1.0, 0.7

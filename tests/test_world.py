@@ -98,7 +98,8 @@ def test_a_sloppy_picture_is_washed_out_and_hatched():
 
 
 def test_captions_name_each_attribute_only_part_of_the_time():
-    s = S.Scene("blue", (thing(pattern="striped", second="white"), thing(shape="star", colour="green", second="green", x=27.0, y=27.0, radius=4.5, size="small")))  # fmt: skip
+    star = thing(shape="star", colour="green", second="green", x=27.0, y=27.0, radius=4.5, size="small")
+    s = S.Scene("blue", (thing(pattern="striped", second="white"), star))
     full = S.caption(s)
     assert full == "a large red and white striped square and a small green plain star on a blue background"
     rng = np.random.default_rng(0)

@@ -1,0 +1,202 @@
+"""Does any wrong sign, constant, index, reduction or comparison in the maths make a test fail?
+
+    python tests/mutate.py --count 240 --seed 0
+
+Draws that many mutants of the four files that are the papers, runs the tests against each in a copy of the package,
+and lists the survivors. A survivor is a hole in the specification, or a change that changes nothing (say why below).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ["diffusion.py", "rewards.py", "losses.py", "metrics.py"]
+TIMEOUT = 120  # seconds; a mutant that hangs is killed
+
+# Mutants that are known to survive, each with its reason: "file: old -> new".
+EXPLAINED: dict[str, str] = {}
+
+SWAPS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult, ast.MatMult: ast.Mult,
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.And: ast.Or, ast.Or: ast.And, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+NAMES = {
+    "mean": "sum", "sum": "mean", "max": "min", "min": "max", "amax": "amin", "maximum": "minimum", "sqrt": "square",
+    "square": "abs", "exp": "expm1", "log": "log1p", "abs": "square", "cumsum": "cumprod", "cumprod": "cumsum",
+    "flatten": "flatten", "zeros": "ones", "ones_like": "zeros_like", "cos": "sin", "std": "var", "all": "any",
+    "any": "all", "empty": "context", "T": "H", "round": "floor",
+}  # fmt: skip
+
+
+def docstrings_and_errors(tree: ast.AST) -> set[int]:
+    """ids of nodes that no test should depend on: annotations, texts, and what is said when something is refused."""
+    skip: set[int] = set()
+
+    def drop(node):
+        skip.update(id(n) for n in ast.walk(node))
+
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Raise, ast.JoinedStr, ast.Assert, ast.Import, ast.ImportFrom)):
+            drop(node)
+        if isinstance(node, ast.arg) and node.annotation:
+            drop(node.annotation)
+        if isinstance(node, ast.AnnAssign):
+            drop(node.annotation)
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)) and getattr(node, "returns", None):
+            drop(node.returns)
+        if isinstance(node, ast.FunctionDef):
+            for d in node.decorator_list:
+                drop(d)
+    return skip
+
+
+def mutations(tree: ast.AST):
+    """(node, field, replacement): every single change that is tried."""
+    skip = docstrings_and_errors(tree)
+    for node in ast.walk(tree):
+        if id(node) in skip:
+            continue
+        if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
+            yield node, "op", SWAPS[type(node.op)]()
+            if isinstance(node.op, ast.Sub):
+                yield node, "swap", None  # a − b → b − a
+        elif isinstance(node, ast.BoolOp):
+            yield node, "op", SWAPS[type(node.op)]()
+        elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+            yield node, "ops", [SWAPS[type(node.ops[0])](), *node.ops[1:]]
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            yield node, "op", ast.UAdd()
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield node, "operand", ast.UnaryOp(ast.Not(), node.operand)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+            if isinstance(node.value, bool):
+                yield node, "value", not node.value
+            elif isinstance(node.value, int):
+                yield node, "value", node.value + 1
+                yield node, "value", node.value - 1
+            else:
+                yield node, "value", node.value * 1.25 if node.value else 0.25
+        elif isinstance(node, ast.Attribute) and NAMES.get(node.attr, node.attr) != node.attr:
+            yield node, "attr", NAMES[node.attr]
+
+
+def apply(tree: ast.AST, index: int) -> tuple[str, str, int]:
+    """Changes mutation `index` in the tree. -> old and new line of code, line number."""
+    node, field, value = list(mutations(tree))[index]
+    compound = (ast.FunctionDef, ast.ClassDef, ast.If, ast.For, ast.Try, ast.With)
+    around = [s for s in ast.walk(tree) if isinstance(s, ast.stmt) and any(n is node for n in ast.walk(s))]
+    statement = (_heads(tree, node) or [s for s in around if not isinstance(s, compound)])[-1]
+    old = _head(statement)
+    if field == "swap":
+        node.left, node.right = node.right, node.left
+    else:
+        setattr(node, field, value)
+    ast.fix_missing_locations(tree)
+    return old, _head(statement), getattr(node, "lineno", 0)
+
+
+def _heads(tree, node):
+    """Compound statements in whose head (test, iterator, defaults) the node stands."""
+    found = []
+    for s in ast.walk(tree):
+        parts = {ast.If: ["test"], ast.For: ["iter"], ast.FunctionDef: ["args"], ast.With: ["items"]}.get(type(s), [])
+        for p in parts:
+            values = getattr(s, p)
+            for v in values if isinstance(values, list) else [values]:
+                if any(n is node for n in ast.walk(v)):
+                    found.append(s)
+    return found
+
+
+def _head(statement: ast.AST) -> str:
+    return ast.unparse(statement).split("\n")[0]
+
+
+def run(folder: str, tests: list[str], results) -> None:
+    """In a fresh process: the tests against the package in `folder`."""
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    sys.dont_write_bytecode = True
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
+        import pytest
+
+        results.put(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=240)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--files", nargs="*", default=FILES)
+    parser.add_argument("--within", default="", help="only mutants whose line of code contains this text")
+    args = parser.parse_args()
+
+    import numpy  # noqa: F401  loaded once, before the processes are forked
+    import PIL.Image  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    trees = {f: ast.parse((ROOT / "minipref" / f).read_text()) for f in args.files}
+    every = [(f, i) for f, tree in trees.items() for i in range(len(list(mutations(tree))))]
+    if args.within:
+        every = [(f, i) for f, i in every if args.within in apply(copy.deepcopy(trees[f]), i)[0]]
+    chosen = sorted(random.Random(args.seed).sample(every, min(args.count, len(every))))
+    print(f"{len(every)} possible mutants, {len(chosen)} drawn with seed {args.seed}")
+
+    context, survivors, killed = multiprocessing.get_context("fork"), [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "minipref", Path(folder) / "minipref", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        order = {f: f"tests/test_{Path(f).stem}.py" for f in FILES}
+        for number, (file, index) in enumerate([(None, None), *chosen]):
+            if file:
+                tree = copy.deepcopy(trees[file])
+                old, new, line = apply(tree, index)
+                (Path(folder) / "minipref" / file).write_text(ast.unparse(tree))
+            own = [order[file]] if file else []
+            results = context.Queue()
+            process = context.Process(
+                target=run, args=(folder, own + [t for t in order.values() if t not in own], results)
+            )
+            process.start()
+            process.join(TIMEOUT)
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
+            code = results.get() if not results.empty() else 1
+            if not file:
+                if code:
+                    print("the tests fail without any mutation; nothing can be said")
+                    return 2
+                continue
+            shutil.copy(ROOT / "minipref" / file, Path(folder) / "minipref" / file)
+            if code:
+                killed += 1
+            else:
+                survivors.append(f"{file}: {old} -> {new}")
+                print(f"[{number}/{len(chosen)}] survived, {file}:{line}\n    {old}\n    {new}", flush=True)
+    share = killed / len(chosen)
+    print(f"\n{killed} of {len(chosen)} mutants killed: {share:.1%}")
+    for s in survivors:
+        print(f"- {s}\n  reason: {EXPLAINED.get(s, 'none given')}")
+    return 0 if share >= 0.9 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
