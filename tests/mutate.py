@@ -57,7 +57,7 @@ def docstrings_and_errors(tree: ast.AST) -> set[int]:
             drop(node.annotation)
         if isinstance(node, (ast.FunctionDef, ast.Lambda)) and getattr(node, "returns", None):
             drop(node.returns)
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             for d in node.decorator_list:
                 drop(d)
     return skip
