@@ -19,11 +19,11 @@ from torch import Tensor
 from minipref import metrics
 from minipref.data.annotator import gold
 from minipref.data.folders import read_folder
-from minipref.data.prompts import Prompts, picture_prompts, scene_prompts
+from minipref.data.prompts import picture_prompts, scene_prompts
 from minipref.data.scenes import HELD_OUT_WORLD, RL_WORLD, SIZE, world
 from minipref.diffusion import Condition, Trajectory, ddim_mean, gaussian_log_prob, predict
 from minipref.losses import advantages, clipped_surrogate, gaussian_kl
-from minipref.pipeline import Pipeline, learned_reward
+from minipref.pipeline import Pipeline, Sampling, learned_reward
 from minipref.report import rl_curves, rl_grid
 from minipref.rewards import CheckedReward, load_reward
 from minipref.runtime import checkpoint
@@ -100,11 +100,6 @@ def prompt_sources(cfg: RLConfig):
     )
 
 
-def true_preference(images: Tensor, prompts: Prompts) -> Tensor | None:
-    """The toy's gold label (B,), None for your own pictures. Looked at, never trained on."""
-    return gold(images, prompts.masks, prompts.scenes).label if prompts.scenes else None
-
-
 def main() -> None:
     cfg = parse(RLConfig, None, prog="train_rl.py", description=__doc__ or "", presets=PRESETS)
     if cfg.threads:
@@ -127,14 +122,16 @@ def main() -> None:
     average = copy.deepcopy(policy).requires_grad_(False)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     order = np.random.default_rng([cfg.seed, 1])
-    sampling = {"seed": cfg.seed, "steps": cfg.steps, "eta": cfg.eta, "guidance": cfg.guidance}
+    how = Sampling(cfg.steps, cfg.eta, cfg.guidance)
 
     def look(epoch: int) -> dict:
         """Reward and gold of the averaged policy on the fixed held-out prompts, with noise that never changes."""
-        images = pipe.complete(average, held_out, epoch=CURVES, **sampling)
-        scores, true = reward(images, held_out), true_preference(images, held_out)
+        images = pipe.complete(average, held_out, how, seed=cfg.seed, epoch=CURVES)
+        scores = reward(images, held_out)
         rl_grid(run.path / "samples" / f"{epoch:06d}.png", held_out, before, images, epoch)
-        row = {"eval_reward": float(scores.value.mean())} | ({} if true is None else {"eval_gold": float(true.mean())})
+        row = {"eval_reward": float(scores.value.mean())}
+        if held_out.scenes:  # the true preference is looked at, never trained on
+            row["eval_gold"] = float(gold(images, held_out.masks, held_out.scenes).label.mean())
         if "norm" in scores.parts:
             row |= metrics.quantiles(scores.parts["norm"], "eval_norm")
         return row
@@ -147,7 +144,7 @@ def main() -> None:
         mean, sigma = ddim_mean(pipe.schedule, output, x_t, t, t_prev, eta=cfg.eta)
         return mean, sigma, gaussian_log_prob(x_prev.float(), mean, sigma)
 
-    before = pipe.complete(base, held_out, epoch=CURVES, **sampling)
+    before = pipe.complete(base, held_out, how, seed=cfg.seed, epoch=CURVES)
     first = look(0)
     best = first["eval_reward"]
     run.log(epoch=0, **first, seconds=time.time() - started)
@@ -160,7 +157,7 @@ def main() -> None:
         prompts = training_prompts((epoch - 1) * cfg.prompts, cfg.prompts).repeat_each(cfg.samples)
         groups = torch.arange(cfg.prompts).repeat_interleave(cfg.samples)
         condition = pipe.condition(prompts)
-        path = pipe.sample(policy, prompts, cfg.seed, epoch, range(B), cfg.steps, cfg.eta, cfg.guidance)
+        path = pipe.sample(policy, prompts, how, cfg.seed, epoch, range(B))
         n = path.latents[0, 0].numel()
 
         # 2. Score: reward, trust weight, advantage within each prompt's group.
@@ -200,7 +197,9 @@ def main() -> None:
                         mean_base, _, _ = step_of(base, path, condition, s, i)
                     loss = loss + cfg.kl_weight * gaussian_kl(mean, mean_base, sigma).mean() / n
                 (loss * len(s) / len(pairs)).backward()
-                ratios.append(ratio), silenced.append(clipped), losses.append(loss.item() * len(s) / len(pairs))
+                ratios.append(ratio)
+                silenced.append(clipped)
+                losses.append(loss.item() * len(s) / len(pairs))
             grad_norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)))
             optimiser.step()
             optimiser.zero_grad()
@@ -245,19 +244,21 @@ def main() -> None:
 
     # 5. The final comparison: other held-out prompts, independent noise for the two models.
     judged = held_out_prompts(cfg.eval_prompts, cfg.win_prompts)
-    pair = [pipe.complete(unet, judged, epoch=e, **sampling) for unet, e in ((base, WIN_BASE), (average, WIN_ALIGNED))]
-    true = [true_preference(x, judged) for x in pair]
-    values = [reward(x, judged).value for x in pair]
-    old, new = values if true[0] is None else true
+    pictures = [
+        pipe.complete(u, judged, how, seed=cfg.seed, epoch=e) for u, e in ((base, WIN_BASE), (average, WIN_ALIGNED))
+    ]
+    values = [reward(x, judged).value for x in pictures]
+    true = [gold(x, judged.masks, judged.scenes).label for x in pictures] if judged.scenes else None
+    old, new = true or values
     wins = metrics.win_rate(new[:, None], old)
     summary = {
         "reward_before": float(values[0].mean()),
         "reward_after": float(values[1].mean()),
-        "gold_before": None if true[0] is None else float(true[0].mean()),
-        "gold_after": None if true[1] is None else float(true[1].mean()),
+        "gold_before": float(true[0].mean()) if true else None,
+        "gold_after": float(true[1].mean()) if true else None,
         "win_rate": wins,
         "win_rate_ci": metrics.wilson_interval(wins, len(judged)),
-        "judge": "reward" if true[0] is None else "gold",
+        "judge": "gold" if true else "reward",
         "kl": run.rows[-1]["kl"],
         "seconds": time.time() - started,
         "peak_memory_mb": peak_memory_mb(),

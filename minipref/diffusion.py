@@ -245,6 +245,7 @@ def predict(unet, x_t: Tensor, t: Tensor | int, condition: Condition, *, guidanc
     x, times = condition.unet_input(x_t), _times(t, len(x_t)).to(x_t.device, non_blocking=True)
     if not needs_guidance(condition, guidance):
         return unet(x, times, condition.context)
+    assert condition.empty is not None
     both = torch.cat([condition.empty, condition.context])
     without, with_text = unet(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
     return without + guidance * (with_text - without)

@@ -16,7 +16,7 @@ from .data.scenes import HELD_OUT_WORLD, SIZE, world
 from .diffusion import ddim_mean, predict
 from .losses import gaussian_kl
 from .models.unet import UNet
-from .pipeline import Pipeline, learned_reward, load_unet
+from .pipeline import Pipeline, Sampling, learned_reward, load_unet
 from .report import rl_grid
 from .rewards import CheckedReward, load_reward
 from .runtime.checkpoint import atomic_write
@@ -46,7 +46,7 @@ def load_run(folder: str, which: str, device: str) -> tuple[dict, Pipeline, UNet
     aligned, _ = load_unet(path)
     if aligned.config != pipe.unet.config:
         raise ValueError(f"{path}: its UNet is configured differently from the base model's ({pipe.unet.config})")
-    return config, pipe, aligned.to(pipe.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return config, pipe, aligned.to(memory_format=torch.channels_last).to(pipe.device)  # type: ignore[call-overload]
 
 
 def run_prompts(config: dict, start: int, count: int) -> Prompts:
@@ -58,16 +58,16 @@ def run_prompts(config: dict, start: int, count: int) -> Prompts:
 
 
 @torch.no_grad()
-def path_kl(pipe: Pipeline, aligned: UNet, prompts: Prompts, seed: int, steps: int, eta: float) -> Tensor:
+def path_kl(pipe: Pipeline, aligned: UNet, prompts: Prompts, how: Sampling, seed: int) -> Tensor:
     """KL(aligned ‖ base) of whole rollouts in nats, (B,): per step in closed form, on paths of the aligned model."""
-    path = pipe.sample(aligned, prompts, seed, 3, range(len(prompts)), steps, eta, 1.0)
+    path = pipe.sample(aligned, prompts, how, seed, 3, range(len(prompts)))
     condition, total = pipe.condition(prompts), torch.zeros(len(prompts))
     for i in path.scored.nonzero()[:, 0].tolist():
         t, t_prev = path.times(i)
         means = []
         for unet in (aligned, pipe.unet):
-            output = predict(unet, path.latents[:, i], t, condition)
-            mean, sigma = ddim_mean(pipe.schedule, output, path.latents[:, i], t, t_prev, eta=eta)
+            output = predict(unet, path.latents[:, i], t, condition, guidance=how.guidance)
+            mean, sigma = ddim_mean(pipe.schedule, output, path.latents[:, i], t, t_prev, eta=how.eta)
             means.append(mean)
         total += gaussian_kl(means[0], means[1], sigma).cpu()
     return total
@@ -93,14 +93,14 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device)
-    steps, eta = cfg.steps or config["steps"], config["eta"]
+    how = Sampling(cfg.steps or config["steps"], config["eta"], config["guidance"])
     prompts = run_prompts(config, config["eval_prompts"], cfg.prompts)
     learned, clip = (lambda: learned_reward(config["weights"])), (lambda: (pipe.clip, pipe.tokenizer))
     reward = CheckedReward(config["reward"], load_reward(config["reward"], learned=learned, clip=clip))
 
     def judged(unet: UNet, round: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """Reward (P,), gold (P,) and pictures of one sample a prompt; every round draws its own noise."""
-        images = pipe.complete(unet, prompts, seed=cfg.seed, epoch=round, steps=steps, eta=eta)
+        images = pipe.complete(unet, prompts, how, seed=cfg.seed, epoch=round)
         true = gold(images, prompts.masks, prompts.scenes).label if prompts.scenes else None
         return reward(images, prompts).value, true, images
 
@@ -111,11 +111,14 @@ def main(argv: list[str] | None = None) -> None:
     results = [judged(unet, round) for unet, round in progress(jobs, "samples")]
     sizes = [s for s in (1, 3, 10) if s <= cfg.best_of]
     lines = [f"# {cfg.run}, {cfg.checkpoint}.pt", ""]
-    lines += [f"{cfg.prompts} held-out prompts, {steps} steps, eta {eta}, seed {cfg.seed}, independent noise.", ""]
+    lines += [
+        f"{cfg.prompts} held-out prompts, {how.steps} steps, eta {how.eta:g}, seed {cfg.seed}, independent noise.",
+        "",
+    ]
     judges = [("reward", 0)] + ([("gold", 1)] if prompts.scenes else [])
     for name, k in judges:
         rival = results[0][k]
-        values = torch.stack([r[k] for r in results[1:]], 1)  # (P, 2·S): base, then aligned
+        values = torch.stack([torch.as_tensor(r[k]) for r in results[1:]], 1)  # (P, 2·S): base, then aligned
         base, new = values[:, : cfg.best_of], values[:, cfg.best_of :]
         assert isinstance(rival, Tensor)
         lines += table(name, base, rival, new, sizes) + [""]
@@ -124,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
             spread = f"{float(v.std(1).mean()):.3f}" if cfg.best_of > 1 else "one sampling"
             lines.append(f"| {model} | {float(v.mean()):.3f} | {spread} |")
         lines.append("")
-    kl = path_kl(pipe, aligned, prompts.select(slice(0, 64)), cfg.seed, steps, eta)
+    kl = path_kl(pipe, aligned, prompts.select(slice(0, 64)), how, cfg.seed)
     lines += [
         f"KL(aligned, base) of a whole rollout: {float(kl.mean()):.2f} nats, standard deviation {float(kl.std()):.2f}."
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def load_unet(path: str | Path) -> tuple[UNet, Schedule]:
     return unet, Schedule(ScheduleConfig(**meta["schedule"]))
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: T DDIM steps, their noise eta (0 none, 1 the DDPM's), classifier-free guidance scale."""
+
+    steps: int
+    eta: float = 1.0
+    guidance: float = 1.0
+
+
 @dataclass
 class Pipeline:
     unet: UNet
@@ -58,7 +68,7 @@ class Pipeline:
             )
         unet, schedule = load_unet(folder / "unet.pt")
         clip, tokenizer = load_clip(folder / "clip.pt")
-        unet.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        unet.to(memory_format=torch.channels_last).to(where)  # type: ignore[call-overload]
         return Pipeline(unet, schedule, SMALL_CODEC, clip.to(where), tokenizer, where)
 
     @torch.no_grad()
@@ -78,12 +88,10 @@ class Pipeline:
         self,
         unet: UNet,
         prompts: Prompts,
+        how: Sampling,
         *,
         seed: int,
         epoch: int,
-        steps: int,
-        eta: float = 1.0,
-        guidance: float = 1.0,
         batch: int = 64,
         first: int = 0,
     ) -> Tensor:
@@ -92,20 +100,24 @@ class Pipeline:
         done = []
         for i in range(0, len(prompts), batch):
             part = prompts.select(slice(i, i + batch))
-            path = self.sample(unet, part, seed, epoch, range(first + i, first + i + len(part)), steps, eta, guidance)
+            path = self.sample(unet, part, how, seed, epoch, range(first + i, first + i + len(part)))
             done.append(self.decode(path, part))
         return torch.cat(done)
 
     def sample(
-        self, unet, prompts: Prompts, seed: int, epoch: int, indices, steps: int, eta: float, guidance: float
+        self, unet: UNet, prompts: Prompts, how: Sampling, seed: int, epoch: int, indices: Iterable[int]
     ) -> Trajectory:
-        """One rollout of `unet` for a batch of prompts."""
-        generators = sample_generators(seed, epoch, indices)
-        shape = self.latent_shape(prompts)
+        """One rollout of `unet` for a batch of prompts; sample i's noise is that of (seed, epoch, indices[i])."""
         return rollout(
-            unet, self.schedule, self.condition(prompts),
-            shape=shape, steps=steps, eta=eta, guidance=guidance, generator=generators,
-        )  # fmt: skip
+            unet,
+            self.schedule,
+            self.condition(prompts),
+            shape=self.latent_shape(prompts),
+            steps=how.steps,
+            eta=how.eta,
+            guidance=how.guidance,
+            generator=sample_generators(seed, epoch, indices),
+        )
 
     def decode(self, path: Trajectory, prompts: Prompts) -> Tensor:
         """A rollout's last latents as pictures with the known pixels put back."""

@@ -25,8 +25,9 @@ from .diffusion import Schedule, add_noise, target
 from .losses import denoising_loss
 from .models.clip import CLIP, clip_loss
 from .models.unet import UNet
-from .pipeline import Pipeline, load_clip
+from .pipeline import Pipeline, Sampling, load_clip
 from .presets import SMALL_CODEC, SMALL_FEATURES, SMALL_SCHEDULE, SMALL_UNET, small_clip, small_tokenizer
+from .report import gold_sheet
 from .rewards import FeatureConfig, LearnedReward, RewardFeatures, ridge_fit, trust_from_quantiles
 from .runtime import checkpoint
 from .runtime.config import opt, parse
@@ -153,7 +154,7 @@ def train_unet(cfg: PretrainConfig, out: Path) -> dict:
     clip.to(cfg.device)
     torch.manual_seed(cfg.seed)
     schedule, codec = Schedule(SMALL_SCHEDULE), SMALL_CODEC
-    unet = UNet(SMALL_UNET).to(cfg.device, memory_format=torch.channels_last).train()
+    unet = UNet(SMALL_UNET).to(memory_format=torch.channels_last).to(cfg.device).train()  # type: ignore[call-overload]
     average = {k: v.detach().clone() for k, v in unet.state_dict().items()}
     optimiser = torch.optim.AdamW(unet.parameters(), lr=cfg.unet_lr, weight_decay=0.01, fused=True)
     rng = np.random.default_rng(world(TRAIN_WORLD, cfg.seed))
@@ -225,7 +226,7 @@ def collect_ratings(pipe: Pipeline, seed: int, prompts: int, samples: int, steps
     asked = scene_prompts(world(REWARD_WORLD, seed), 0, prompts)
     several = asked.repeat_each(samples)
     chunks = [
-        pipe.complete(pipe.unet, several.select(slice(i, i + 64)), seed=seed, epoch=0, steps=steps, first=i)
+        pipe.complete(pipe.unet, several.select(slice(i, i + 64)), Sampling(steps), seed=seed, epoch=0, first=i)
         for i in progress(range(0, len(several), 64), "completions")
     ]
     completions = torch.cat(chunks)
@@ -281,6 +282,7 @@ def train_reward(cfg: PretrainConfig, out: Path) -> dict:
     """Features on one split, ridge and V on a second, figures on a third (PrefPaint Sections 3–4)."""
     start = time.time()
     r = collect_ratings(Pipeline.load(out), cfg.seed, cfg.reward_prompts, cfg.reward_samples, cfg.reward_steps)
+    gold_sheet(out / "gold_sheet.png", r.images, r.truth)
     split = {k: select(r, v) for k, v in split_by_prompt(r.groups, cfg.seed).items()}
     mean, spread = float(split["features"].labels.mean()), float(split["features"].labels.std())
     y = {k: (v.labels - mean) / spread for k, v in split.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .data.prompts import Prompts
@@ -23,6 +24,13 @@ def rl_grid(path: Path, prompts: Prompts, before: Tensor, after: Tensor, epoch: 
     if prompts.scenes:
         rows.append(("true scene", prompts.images[:SHOWN]))
     save(grid(rows, cell=96), path)
+
+
+def gold_sheet(path: Path, images: Tensor, gold: Tensor, rows: int = 8, columns: int = 12) -> None:
+    """Pictures (N, 3, H, W) by gold rating (N,), evenly over the ranks, the best on top: to judge the rater by."""
+    order = gold.argsort(descending=True)
+    chosen = order[torch.linspace(0, len(order) - 1, rows * columns).round().long()].view(rows, columns)
+    save(grid([(f"gold {gold[r].max():.1f} to {gold[r].min():.1f}", images[r]) for r in chosen], cell=96), path)
 
 
 def _band(run: RunFolder, name: str, label: str) -> list[Series]:

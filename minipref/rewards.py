@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -254,7 +255,7 @@ BUILT_IN: dict[str, Reward] = {
 }
 
 
-def load_reward(name: str, *, learned: Callable[[], Reward], clip: Callable[[], tuple]) -> Reward:
+def load_reward(name: str, *, learned: Callable[[], Reward], clip: Callable[[], tuple[Any, Any]]) -> Reward:
     """The reward that `--reward` names: "model" (the trained one), "clip" or "clip:TEXT", a built-in, a weighted
     sum such as "0.7*model+0.3*brightness", or "package.module:function"."""
     terms = [t.strip() for t in name.split("+")] if not name.startswith("clip:") else [name]
@@ -263,7 +264,8 @@ def load_reward(name: str, *, learned: Callable[[], Reward], clip: Callable[[], 
     if name == "model":
         return learned()
     if name == "clip" or name.startswith("clip:"):
-        return ClipReward(*clip(), text=name[5:].strip() or None)
+        encoder, tokenizer = clip()
+        return ClipReward(encoder, tokenizer, name[5:].strip() or None)
     if name in BUILT_IN:
         return BUILT_IN[name]
     if ":" not in name:

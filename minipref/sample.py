@@ -17,7 +17,7 @@ from .data.folders import read_image, read_mask
 from .data.prompts import Prompts
 from .data.scenes import SIZE
 from .evaluate import load_run, run_prompts
-from .pipeline import Pipeline
+from .pipeline import Pipeline, Sampling
 from .runtime.config import opt, parse
 from .runtime.draw import grid, save, to_image
 
@@ -50,7 +50,8 @@ def wanted(cfg: SampleConfig, config: dict) -> Prompts:
     if cfg.image:
         picture = read_image(cfg.image, SIZE)
         if cfg.mask:
-            mask = read_mask(cfg.mask, tuple(read_image(cfg.image, None).shape[-2:]), SIZE)
+            H, W = read_image(cfg.image, None).shape[-2:]
+            mask = read_mask(cfg.mask, (H, W), SIZE)
             masks = mask[None].expand(cfg.count, -1, -1, -1).contiguous()
         else:
             masks, _ = M.random_masks(
@@ -75,9 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := pipe.tokenizer.unknown(cfg.prompt):
         print(f"note: the model has never seen: {', '.join(unknown)}")
     prompts = wanted(cfg, config)
-    how = {"steps": cfg.steps or config.get("steps", 25), "eta": cfg.eta, "guidance": cfg.guidance}
+    how = Sampling(cfg.steps or config.get("steps", 25), cfg.eta, cfg.guidance)
     models = [("base", pipe.unet)] + ([("aligned", aligned)] if aligned is not None else [])
-    made = {name: pipe.complete(unet, prompts, seed=cfg.seed, epoch=0, **how) for name, unet in models}
+    made = {name: pipe.complete(unet, prompts, how, seed=cfg.seed, epoch=0) for name, unet in models}
     rows = [] if cfg.full else [("prompt (grey = hole)", prompts.masked)]
     out = Path(cfg.out or Path(cfg.run) / "sample.png")
     save(grid(rows + list(made.items()), cell=96, title=cfg.prompt), out)

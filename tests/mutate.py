@@ -122,7 +122,7 @@ def _heads(tree, node):
 
 
 def _head(statement: ast.AST) -> str:
-    return ast.unparse(statement).split("\n")[0]
+    return next(line for line in ast.unparse(statement).split("\n") if not line.startswith("@"))
 
 
 def run(folder: str, tests: list[str], results) -> None:

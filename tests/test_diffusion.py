@@ -78,6 +78,15 @@ def test_final_abar_is_one_or_that_of_time_zero():
     assert s.abar_at(torch.tensor([0, 7])).tolist() == [s.abar[0].item(), s.abar[7].item()]
 
 
+def test_the_default_schedule_is_that_of_stable_diffusion():
+    """betas 0.00085 to 0.012 in the square root; epsilon; leading with offset 1; the final abar is that of time 0."""
+    s = Schedule(ScheduleConfig())
+    assert len(s) == 1000 and s.betas[0].item() == pytest.approx(0.00085) and s.betas[-1].item() == pytest.approx(0.012)
+    assert s.betas[1].sqrt() - s.betas[0].sqrt() == pytest.approx((0.012**0.5 - 0.00085**0.5) / 999)
+    assert s.timesteps(50).tolist() == list(range(981, 0, -20)) and s.abar_at(torch.tensor([-1])) == s.abar[0]
+    assert s.config.prediction_type == "epsilon"
+
+
 def test_timestep_spacings_are_those_of_lin_et_al():
     """Lin et al. 2023 (arXiv 2305.08891), Table 2, for ten steps of a thousand."""
     assert schedule(timestep_spacing="leading", steps_offset=0).timesteps(10).tolist() == list(range(900, -1, -100))
@@ -248,6 +257,16 @@ class Counting(torch.nn.Module):
     def forward(self, x, t, context):
         self.samples += len(x)
         return x[:, :1] * 0 + context.mean((1, 2))[:, None, None, None] + 0.001 * t[:, None, None, None]
+
+
+def test_without_a_word_there_is_no_guidance_and_full_noise():
+    text, empty, unet = torch.ones(2, 2, 3), torch.zeros(2, 2, 3), Counting()
+    predict(unet, torch.zeros(2, 1, 2, 2), 7, condition(2, context=text, empty=empty))
+    assert unet.samples == 2
+    kw, c = {"shape": (1, 2, 2), "steps": 3}, condition(2, context=text, empty=empty)
+    plain = rollout(unet, schedule(), c, generator=sample_generators(0, 0, [0, 1]), **kw)
+    said = rollout(unet, schedule(), c, generator=sample_generators(0, 0, [0, 1]), eta=1.0, guidance=1.0, **kw)
+    assert torch.equal(plain.latents, said.latents)
 
 
 def test_guidance_extrapolates_from_the_empty_text():

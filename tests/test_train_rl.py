@@ -11,7 +11,7 @@ from PIL import Image
 import train_rl
 from minipref import evaluate, sample
 from minipref.data.prompts import scene_prompts
-from minipref.pipeline import SHIPPED, Pipeline, load_unet
+from minipref.pipeline import SHIPPED, Pipeline, Sampling, load_unet
 from minipref.runtime.config import run_main
 
 TINY = {
@@ -284,7 +284,7 @@ def test_the_shipped_weights_fit_their_limit_and_fill_holes_plausibly():
 
     assert sum(p.stat().st_size for p in SHIPPED.iterdir()) < 6e6
     pipe, prompts = Pipeline.load(None), scene_prompts(world(HELD_OUT_WORLD, 5), 0, 32)
-    made = pipe.complete(pipe.unet, prompts, seed=0, epoch=0, steps=6)
+    made = pipe.complete(pipe.unet, prompts, Sampling(6), seed=0, epoch=0)
     hole = prompts.masks
 
     def error(x):
@@ -298,8 +298,8 @@ def test_the_shipped_weights_fit_their_limit_and_fill_holes_plausibly():
 
 def test_completions_do_not_depend_on_how_the_batch_is_split():
     pipe, prompts = Pipeline.load(None), scene_prompts(8, 0, 6)
-    whole = pipe.complete(pipe.unet, prompts, seed=1, epoch=2, steps=3)
-    parts = pipe.complete(pipe.unet, prompts, seed=1, epoch=2, steps=3, batch=4)
+    whole = pipe.complete(pipe.unet, prompts, Sampling(3), seed=1, epoch=2)
+    parts = pipe.complete(pipe.unet, prompts, Sampling(3), seed=1, epoch=2, batch=4)
     assert torch.allclose(whole, parts, atol=1e-4)
-    late = pipe.complete(pipe.unet, prompts.select([4, 5]), seed=1, epoch=2, steps=3, first=4)
+    late = pipe.complete(pipe.unet, prompts.select([4, 5]), Sampling(3), seed=1, epoch=2, first=4)
     assert torch.allclose(whole[4:], late, atol=1e-4)

@@ -93,14 +93,14 @@ def _texture(images: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
 
 
 def _seam(images: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
-    excess, pairs = 0.0, 0.0
+    excess, pairs = torch.zeros(len(images)), torch.zeros(len(images))
     for axis in (1, 2):
         size = hole.shape[axis] - 1
         border = hole.narrow(axis, 0, size) ^ hole.narrow(axis, 1, size)
         step, true_step = ((x.diff(dim=axis + 1)).norm(dim=1) for x in (images, truth))
         excess = excess + ((step - true_step - UNSEEN).clamp(min=0) * border).flatten(1).sum(1)
         pairs = pairs + border.flatten(1).sum(1)
-    return torch.exp(-(excess / torch.clamp(pairs, min=1)) / 0.25)
+    return torch.exp(-(excess / pairs.clamp(min=1)) / 0.25)
 
 
 def gold(images: Tensor, masks: Tensor, batch: list[Scene]) -> Rating:

@@ -42,7 +42,7 @@ def save(
     meta: dict | None = None,
 ) -> None:
     """Writes one model. `config` is a dataclass or a dictionary; `dtype` converts fp32 tensors (others are kept)."""
-    config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
+    config = dict(config) if isinstance(config, dict) else dataclasses.asdict(config)
     kept = {
         k: v.detach().cpu().to(dtype if dtype and v.dtype == torch.float32 else v.dtype).contiguous().clone()
         for k, v in state.items()

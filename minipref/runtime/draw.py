@@ -58,7 +58,7 @@ def to_image(x: Tensor, scale: int = 1) -> Image.Image:
 
 
 def grid(
-    rows: list[tuple[str, list[Tensor] | Tensor]],
+    rows: Sequence[tuple[str, list[Tensor] | Tensor]],
     *,
     cell: int = 96,
     title: str = "",
