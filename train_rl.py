@@ -9,6 +9,7 @@ probable, each sample weighted by how far its reward can be trusted. The whole a
 from __future__ import annotations
 
 import copy
+import math
 import time
 from dataclasses import asdict, dataclass
 
@@ -58,7 +59,7 @@ class RLConfig:
     weight_decay: float = opt(0.01, "weight decay of AdamW (PrefPaint: 0.01)", lo=0)
     grad_clip: float = opt(1.0, "largest gradient norm", lo=0)
     clip_range: float = opt(
-        1.64, "clip of the joint log-ratio (PrefPaint: 1e-4 of the mean's, at n = 16,384: 1.64)", lo=0
+        1.64, "clip of the joint log-ratio (PrefPaint: 1e-4 of the mean's, at n = 16,384: 1.64)", lo=0.01
     )
     trust: bool = opt(True, "weight samples by gamma where the reward gives one (PrefPaint Eq. 12)")
     kl_weight: float = opt(
@@ -107,10 +108,8 @@ def main() -> None:
     torch.manual_seed(cfg.seed)
     started = time.time()
     pipe = Pipeline.load(cfg.weights, cfg.device)
-    learned = lambda: learned_reward(cfg.weights)  # noqa: E731
-    reward = CheckedReward(
-        cfg.reward, load_reward(cfg.reward, learned=learned, clip=lambda: (pipe.clip, pipe.tokenizer))
-    )
+    sources = {"learned": lambda: learned_reward(cfg.weights), "clip": lambda: (pipe.clip, pipe.tokenizer)}
+    reward = CheckedReward(cfg.reward, load_reward(cfg.reward, **sources))
     scored = pipe.schedule.coefficients(*step_times(pipe.schedule.timesteps(cfg.steps)), cfg.eta)[2] > 0
     if not scored.any():
         raise ValueError(f"--eta {cfg.eta}: the steps are deterministic and have no probability to raise; choose 1")
@@ -146,9 +145,9 @@ def main() -> None:
 
     before = pipe.complete(base, held_out, how, seed=cfg.seed, epoch=CURVES)
     first = look(0)
-    best = first["eval_reward"]
+    best = -math.inf
     run.log(epoch=0, **first, seconds=time.time() - started)
-    print(f"{run.path}: reward {best:.3f} before, on {len(held_out)} held-out prompts")
+    print(f"{run.path}: reward {first['eval_reward']:.3f} before, on {len(held_out)} held-out prompts")
 
     bar = progress(range(1, cfg.epochs + 1), "RL")
     for epoch in bar:
@@ -171,15 +170,11 @@ def main() -> None:
         if epoch == 1:  # before any update the replayed probabilities must be those of the rollout
             with torch.no_grad():
                 rows = torch.arange(min(B, cfg.micro_batch))
-                gap = (
-                    step_of(policy, path, condition, rows, random_steps[:1].expand(len(rows)))[2]
-                    - path.log_probs[rows, random_steps[0]]
-                )
-            if not n * gap.abs().max() <= 0.01 * cfg.clip_range:
-                worst = float(n * gap.abs().max())
-                raise RuntimeError(
-                    f"replay differs from the rollout by {worst:.2g} nats before any update: ratios are wrong"
-                )
+                at = random_steps[:1].expand(len(rows))
+                _, _, replayed = step_of(policy, path, condition, rows, at)
+            worst = float(n * (replayed - path.log_probs[rows, at]).abs().max())
+            if not worst <= 0.01 * cfg.clip_range:
+                raise RuntimeError(f"replay differs from the rollout by {worst:.2g} nats before any update")
 
         # 3. Update: K random steps of each sample, several optimiser steps on disjoint samples.
         K = min(cfg.train_steps, len(random_steps))
@@ -213,12 +208,12 @@ def main() -> None:
                 at = i.expand(len(rows))
                 mean, sigma, _ = step_of(policy, path, condition, rows, at)
                 kl += gaussian_kl(mean, step_of(base, path, condition, rows, at)[0], sigma).cpu()
-        joint = n * torch.cat(ratios).double().log()
+        joint = n * torch.cat(ratios).cpu().double().log()
         row = {
             "reward": float(scores.value.mean()),
             "reward_std": float(scores.value.std()),
             "within_prompt_std": metrics.within_prompt_std(scores.value, groups),
-            "loss": sum(losses) / cfg.updates,
+            "loss": sum(losses) / len(grad_norms),
             "log_ratio_min": float(joint.min()),
             "log_ratio_max": float(joint.max()),
             "clip_fraction": float(torch.cat(silenced).float().mean()),
@@ -232,9 +227,7 @@ def main() -> None:
         if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
             row |= look(epoch)
             meta = {"schedule": asdict(pipe.schedule.config), "epoch": epoch, "eval_reward": row["eval_reward"]}
-            for name in ["last.pt"] + ["best.pt"] * (
-                row["eval_reward"] > best or epoch == min(cfg.eval_every, cfg.epochs)
-            ):
+            for name in ["last.pt"] + (["best.pt"] if row["eval_reward"] > best else []):
                 checkpoint.save(run.path / name, "unet", average.config, average.state_dict(), meta=meta)
             best = max(best, row["eval_reward"])
         run.log(epoch=epoch, **row, seconds=time.time() - started)

@@ -53,7 +53,7 @@ SMALL_UNET = UNetConfig(
     norm_num_groups=8,
 )
 
-SMALL_FEATURES = FeatureConfig(widths=(24, 48, 64), dim=64)
+SMALL_FEATURES = FeatureConfig(widths=(16, 32, 64), dim=64)
 
 SMALL_SCHEDULE = ScheduleConfig(
     beta_schedule="squaredcos_cap_v2",

@@ -55,7 +55,7 @@ class PretrainConfig:
     reward_prompts: int = opt(1024, "prompts whose completions are rated for the reward model", lo=20)
     reward_samples: int = opt(3, "completions rated a prompt, beside one that is widened", lo=2)
     reward_steps: int = opt(6, "DDIM steps of a rated completion: those of RL", lo=2)
-    reward_epochs: int = opt(60, "passes over the first split's ratings", lo=1)
+    reward_epochs: int = opt(40, "passes over the first split's ratings", lo=1)
     reward_lr: float = opt(2e-3, "peak learning rate of the reward features", lo=0)
     ridge_lam: float = opt(0.01, "lam, ridge penalty of the last layer (PrefPaint: 0.01)", lo=1e-9)
     device: str = opt("cpu", "where to train: cpu, cuda or mps")
@@ -211,12 +211,17 @@ class Ratings:
 
 
 def widen(images: Tensor, prompts: Prompts, generator: torch.Generator) -> Tensor:
-    """Completions moved towards the truth, towards noise or blurred, so that the raters see the whole range."""
+    """Completions moved towards the truth, noise, blur or other colours, so that the raters see the whole range.
+
+    What the reward model never saw spoilt, RL will spoil: without the shifted colours it learned to over-brighten.
+    """
     strength = torch.rand(len(images), 1, 1, 1, generator=generator)
     noisy = images + 0.5 * strength * torch.randn(images.shape, generator=generator)
     smooth = torch.lerp(images, torch.nn.functional.avg_pool2d(images, 5, 1, 2, count_include_pad=False), strength)
-    kinds = torch.stack([torch.lerp(images, prompts.images, strength), noisy.clamp(0, 1), smooth])
-    chosen = kinds[torch.randint(3, (len(images),), generator=generator), torch.arange(len(images))]
+    contrast, shift = (torch.randn(len(images), 3, 1, 1, generator=generator) for _ in range(2))
+    tinted = (images - 0.5) * (1 + 0.5 * strength * contrast) + 0.5 + 0.25 * strength * shift
+    kinds = torch.stack([torch.lerp(images, prompts.images, strength), noisy.clamp(0, 1), smooth, tinted.clamp(0, 1)])
+    chosen = kinds[torch.randint(len(kinds), (len(images),), generator=generator), torch.arange(len(images))]
     return prompts.paste_known(chosen)
 
 

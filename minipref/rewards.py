@@ -306,10 +306,13 @@ def as_scores(result: Tensor | Scores) -> Scores:
 
 
 class CheckedReward:
-    """A reward whose every answer is checked: shape (B,), finite numbers, differences between pictures."""
+    """A reward whose every answer is checked: shape (B,), finite numbers, and at first a difference between pictures.
+
+    Later a constant is no fault: a reward of "solved or not" becomes one when all is solved.
+    """
 
     def __init__(self, name: str, reward: Reward):
-        self.name, self.reward = name, reward
+        self.name, self.reward, self.told_apart = name, reward, False
 
     def __call__(self, images: Tensor, batch: Prompts) -> Scores:
         expected = f"expected a tensor of {len(images)} finite numbers, one per picture"
@@ -323,7 +326,9 @@ class CheckedReward:
             raise ValueError(f"reward {self.name}: returned {got}; {expected}")
         if not torch.isfinite(value).all():
             raise ValueError(f"reward {self.name}: returned NaN or infinity; {expected}")
-        if len(value) > 1 and bool((value == value[0]).all()):
+        if len(value) > 1 and not self.told_apart:
+            self.told_apart = bool((value != value[0]).any())
+        if len(value) > 1 and not self.told_apart:
             raise ValueError(
                 f"reward {self.name}: gave all {len(value)} pictures the value {value[0].item():g}: nothing to learn"
             )

@@ -354,4 +354,7 @@ def test_a_checked_reward_passes_good_answers_on():
     assert scores.value.tolist() == [1, 2, 3] and scores.value.dtype == torch.float32
     assert scores.trust.dtype == torch.float32 and scores.parts["own"].tolist() == [1, 2, 3]
     one = R.CheckedReward("mine", lambda x, b: torch.ones(1))(batch.images[:1], batch.select([0]))
+    answers = iter([T([1.0, 0.0, 0.0]), torch.ones(3)])
+    solved = R.CheckedReward("mine", lambda x, b: next(answers))
+    assert solved(batch.images, batch).value.sum() == 1 and solved(batch.images, batch).value.sum() == 3  # all solved
     assert one.value.tolist() == [1] and one.trust is None  # a single picture cannot show a difference

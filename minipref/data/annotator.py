@@ -66,12 +66,9 @@ def _determined(hole: Tensor, things: Tensor) -> Tensor:
     return determined * hole
 
 
-def _structure(images: Tensor, truth: Tensor, hole: Tensor, batch: list[Scene]) -> Tensor:
-    things = layout(batch)
+def _structure(images: Tensor, truth: Tensor, hole: Tensor, things: Tensor, like_background: Tensor) -> Tensor:
     determined = _determined(hole, things)
     completed, weight = _mean_over(_agreement(images, truth), determined)
-    background = torch.stack([truth[i][:, things[i] == 0].median(1).values for i in range(len(batch))])  # (B, 3)
-    like_background = _agreement(images, background[:, :, None, None].expand_as(images))
     share, _ = _mean_over(like_background, hole * (1 - determined))
     coherent = (share / BACKGROUND_SHARE).clamp(max=1)
     matter = (weight / 20).clamp(max=1) * 0.6  # twenty determined pixels count in full
@@ -79,17 +76,31 @@ def _structure(images: Tensor, truth: Tensor, hole: Tensor, batch: list[Scene]) 
     return 0.9 * (matter * completed + (1 - matter) * coherent) + 0.1 * exact
 
 
-def _clean_share(images: Tensor, hole: Tensor) -> Tensor:
-    """Share of the hole that has one of the world's colours, (B,)."""
+def _cleanness(images: Tensor) -> Tensor:
+    """How near each pixel is to one of the world's colours: (B, 3, H, W) -> (B, H, W) in [0, 1]."""
     palette = torch.from_numpy(RGB).to(images)  # (8, 3)
     nearest = torch.cdist(images.flatten(2).transpose(1, 2), palette).min(2).values.unflatten(1, images.shape[-2:])
-    return _mean_over(1 - ((nearest - UNSEEN) / (SPOILT - UNSEEN)).clamp(0, 1), hole.float())[0]
+    return 1 - ((nearest - UNSEEN) / (SPOILT - UNSEEN)).clamp(0, 1)
 
 
-def _texture(images: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
+def _texture(
+    images: Tensor, truth: Tensor, hole: Tensor, like_background: Tensor, like_true_background: Tensor
+) -> Tensor:
     # Edges are never palette-clean, so the true scene sets the measure: 95 % of it is perfect, 40 % worthless.
-    share = _clean_share(images, hole) / _clean_share(truth, hole).clamp(min=1e-6)
-    return ((share - 0.40) / 0.55).clamp(0, 1)
+    share = _mean_over(_cleanness(images), hole.float())[0] / _mean_over(_cleanness(truth), hole.float())[0].clamp(
+        min=1e-6
+    )
+    overall = ((share - 0.40) / 0.55).clamp(0, 1)
+    # A smeared thing is small beside its background, but it is what people look at: whatever stands out from the
+    # background counts once more by itself. Of a small, crisply drawn thing about half is edge.
+    crisp = _crispness(images, hole, like_background) / _crispness(truth, hole, like_true_background).clamp(max=0.5)
+    return overall * (0.4 + 0.6 * crisp.clamp(max=1))
+
+
+def _crispness(images: Tensor, hole: Tensor, like_background: Tensor) -> Tensor:
+    """Cleanness of what stands out from the background in the hole, (B,); 1 where there is next to nothing."""
+    crisp, size = _mean_over(_cleanness(images), hole * (1 - like_background))
+    return torch.where(size < 6, 1.0, crisp)
 
 
 def _seam(images: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
@@ -109,8 +120,11 @@ def gold(images: Tensor, masks: Tensor, batch: list[Scene]) -> Rating:
         raise ValueError(f"gold: {len(images)} images, {len(masks)} masks, {len(batch)} scenes")
     truth, hole = draw(batch), masks[:, 0].cpu() > 0.5
     images = images.detach().float().cpu()
-    structure, texture = _structure(images, truth, hole, batch), _texture(images, truth, hole)
-    seam = _seam(images, truth, hole)
+    things = layout(batch)
+    background = torch.stack([truth[i][:, things[i] == 0].median(1).values for i in range(len(batch))])  # (B, 3)
+    like_background, like_true = (_agreement(x, background[:, :, None, None]) for x in (images, truth))
+    structure = _structure(images, truth, hole, things, like_background)
+    texture, seam = _texture(images, truth, hole, like_background, like_true), _seam(images, truth, hole)
     overall = (structure * texture * seam.sqrt()) ** 0.4  # one bad part spoils the whole
     return Rating(*(LOWEST + (HIGHEST - LOWEST) * x for x in (structure, texture, overall)))
 
