@@ -108,8 +108,8 @@ def main() -> None:
     torch.manual_seed(cfg.seed)
     started = time.time()
     pipe = Pipeline.load(cfg.weights, cfg.device)
-    sources = {"learned": lambda: learned_reward(cfg.weights), "clip": lambda: (pipe.clip, pipe.tokenizer)}
-    reward = CheckedReward(cfg.reward, load_reward(cfg.reward, **sources))
+    named = load_reward(cfg.reward, lambda: learned_reward(cfg.weights), lambda: (pipe.clip, pipe.tokenizer))
+    reward = CheckedReward(cfg.reward, named)
     scored = pipe.schedule.coefficients(*step_times(pipe.schedule.timesteps(cfg.steps)), cfg.eta)[2] > 0
     if not scored.any():
         raise ValueError(f"--eta {cfg.eta}: the steps are deterministic and have no probability to raise; choose 1")

@@ -95,8 +95,9 @@ def main(argv: list[str] | None = None) -> None:
     config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device)
     how = Sampling(cfg.steps or config["steps"], config["eta"], config["guidance"])
     prompts = run_prompts(config, config["eval_prompts"], cfg.prompts)
-    learned, clip = (lambda: learned_reward(config["weights"])), (lambda: (pipe.clip, pipe.tokenizer))
-    reward = CheckedReward(config["reward"], load_reward(config["reward"], learned=learned, clip=clip))
+    encoder = pipe.clip, pipe.tokenizer
+    named = load_reward(config["reward"], lambda: learned_reward(config["weights"]), lambda: encoder)
+    reward = CheckedReward(config["reward"], named)
 
     def judged(unet: UNet, round: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """Reward (P,), gold (P,) and pictures of one sample a prompt; every round draws its own noise."""

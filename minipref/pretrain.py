@@ -53,7 +53,7 @@ class PretrainConfig:
     sloppy_share: float = opt(0.5, "share of the training holes that are filled carelessly", lo=0, hi=1)
     full_share: float = opt(0.4, "share of full masks, that is of plain text-to-image", lo=0, hi=1)
     reward_prompts: int = opt(1024, "prompts whose completions are rated for the reward model", lo=20)
-    reward_samples: int = opt(3, "completions rated a prompt, beside one that is widened", lo=2)
+    reward_samples: int = opt(3, "completions rated a prompt, beside two that are widened", lo=2)
     reward_steps: int = opt(6, "DDIM steps of a rated completion: those of RL", lo=2)
     reward_epochs: int = opt(40, "passes over the first split's ratings", lo=1)
     reward_lr: float = opt(2e-3, "peak learning rate of the reward features", lo=0)
@@ -211,11 +211,13 @@ class Ratings:
 
 
 def widen(images: Tensor, prompts: Prompts, generator: torch.Generator) -> Tensor:
-    """Completions moved towards the truth, noise, blur or other colours, so that the raters see the whole range.
+    """Completions, half of the time original pictures, moved towards the truth, noise, blur or other colours, so
+    that the raters see the whole range.
 
     What the reward model never saw spoilt, RL will spoil: without the shifted colours it learned to over-brighten.
     """
-    strength = torch.rand(len(images), 1, 1, 1, generator=generator)
+    strength, kind = (torch.rand(len(images), 1, 1, 1, generator=generator) for _ in range(2))
+    images = torch.where(kind < 0.5, images, prompts.images)
     noisy = images + 0.5 * strength * torch.randn(images.shape, generator=generator)
     smooth = torch.lerp(images, torch.nn.functional.avg_pool2d(images, 5, 1, 2, count_include_pad=False), strength)
     contrast, shift = (torch.randn(len(images), 3, 1, 1, generator=generator) for _ in range(2))
@@ -226,7 +228,7 @@ def widen(images: Tensor, prompts: Prompts, generator: torch.Generator) -> Tenso
 
 
 def collect_ratings(pipe: Pipeline, seed: int, prompts: int, samples: int, steps: int) -> Ratings:
-    """Completes `prompts` scenes `samples` times each, widens one more copy of each prompt, and has all rated."""
+    """Completes `prompts` scenes `samples` times each, widens two of each prompt, and has all rated."""
     generator = torch.Generator().manual_seed(world(REWARD_WORLD, seed))
     asked = scene_prompts(world(REWARD_WORLD, seed), 0, prompts)
     several = asked.repeat_each(samples)
@@ -235,13 +237,13 @@ def collect_ratings(pipe: Pipeline, seed: int, prompts: int, samples: int, steps
         for i in progress(range(0, len(several), 64), "completions")
     ]
     completions = torch.cat(chunks)
-    extra = widen(completions[::samples], asked, generator)
-    every = several.select([*range(len(several))] + [i * samples for i in range(prompts)])
-    images = torch.cat([completions, extra])
+    twice = [i * samples + k for i in range(prompts) for k in range(2)]
+    every = several.select([*range(len(several)), *twice])
+    images = torch.cat([completions, widen(completions[twice], asked.repeat_each(2), generator)])
     assert every.scenes is not None
     labels = mean_label(rate(images, every.masks, every.scenes, generator))
     truth = gold(images, every.masks, every.scenes).label
-    groups = torch.cat([torch.arange(prompts).repeat_interleave(samples), torch.arange(prompts)])
+    groups = torch.cat([torch.arange(prompts).repeat_interleave(k) for k in (samples, 2)])
     return Ratings(every, images, labels, truth, groups, torch.arange(len(images)) >= len(several))
 
 

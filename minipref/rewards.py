@@ -255,12 +255,12 @@ BUILT_IN: dict[str, Reward] = {
 }
 
 
-def load_reward(name: str, *, learned: Callable[[], Reward], clip: Callable[[], tuple[Any, Any]]) -> Reward:
+def load_reward(name: str, learned: Callable[[], Reward], clip: Callable[[], tuple[Any, Any]]) -> Reward:
     """The reward that `--reward` names: "model" (the trained one), "clip" or "clip:TEXT", a built-in, a weighted
     sum such as "0.7*model+0.3*brightness", or "package.module:function"."""
     terms = [t.strip() for t in name.split("+")] if not name.startswith("clip:") else [name]
     if len(terms) > 1 or (terms and "*" in terms[0] and ":" not in terms[0].split("*")[0]):
-        return _weighted_sum(terms, lambda n: load_reward(n, learned=learned, clip=clip))
+        return _weighted_sum(terms, lambda n: load_reward(n, learned, clip))
     if name == "model":
         return learned()
     if name == "clip" or name.startswith("clip:"):
