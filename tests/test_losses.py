@@ -21,8 +21,8 @@ def surrogate(log_ratio, advantage, gamma=None, clip_range=1.0):
 
 
 def test_denoising_loss_is_the_mean_square_per_sample():
-    a, b = T([[[1.0, 2.0]], [[0.0, 0.0]]]), T([[[0.0, 0.0]], [[3.0, 0.0]]])
-    assert denoising_loss(a, b).tolist() == [2.5, 4.5]
+    a, b = T([[[1.0, 2.0]], [[0.0, 5.0]]]), T([[[3.0, 1.0]], [[4.0, -1.0]]])
+    assert denoising_loss(a, b).tolist() == [2.5, 26.0]  # (4 + 1)/2, (16 + 36)/2
     with pytest.raises(ValueError, match="shapes differ"):
         denoising_loss(a, b[:1])
 
@@ -46,6 +46,11 @@ def test_a_prompt_that_is_worth_more_gains_nothing_by_it():
 def test_one_sample_a_prompt_falls_back_to_the_mean_of_the_batch():
     a = advantages(T([1.0, 2.0, 6.0]), T([7, 8, 9]))
     assert a.tolist() == pytest.approx([x / math.sqrt(14 / 3) for x in (-2, -1, 3)], rel=1e-5)
+
+
+def test_a_prompt_with_one_sample_among_others_says_nothing():
+    a = advantages(T([1.0, 3.0, 50.0]), T([0, 0, 1]))
+    assert a.tolist() == pytest.approx([-(1.5**0.5), 1.5**0.5, 0.0], rel=1e-5)
 
 
 def test_advantages_are_clamped_and_equal_rewards_give_none():

@@ -41,7 +41,7 @@ def test_common_noise_inflates_the_win_rate():
     assert M.win_rate((a + 0.1)[:, None], b) < 0.6
 
 
-@pytest.mark.parametrize("rate,count", [(0.3, 10), (0.55, 512), (0.0, 7), (1.0, 7)])
+@pytest.mark.parametrize("rate,count", [(0.3, 10), (0.55, 512), (0.0, 7), (1.0, 7), (1.0, 1)])
 def test_wilsons_interval_holds_the_shares_from_which_the_rate_is_1_96_errors_away(rate, count):
     """Its ends p solve |rate − p| = 1.96·sqrt(p(1 − p)/count): the score test inverted."""
     lo, hi = M.wilson_interval(rate, count)
@@ -85,20 +85,20 @@ def test_within_prompt_spread_by_hand():
 
 
 def test_r_squared_by_hand():
-    truth = T([1.0, 2.0, 3.0])
-    assert M.r_squared(truth, truth) == 1 and M.r_squared(torch.full((3,), 2.0), truth) == 0
-    assert M.r_squared(T([1.0, 2.0, 4.0]), truth) == pytest.approx(1 - 1 / 2)
-    assert M.r_squared(truth + 5, truth) == pytest.approx(1 - 75 / 2)  # a shift is an error
+    truth = T([1.0, 2.0, 6.0])  # mean 3, squares 4 + 1 + 9
+    assert M.r_squared(truth, truth) == 1 and M.r_squared(torch.full((3,), 3.0), truth) == 0
+    assert M.r_squared(T([1.0, 2.0, 8.0]), truth) == pytest.approx(1 - 4 / 14)
+    assert M.r_squared(truth + 5, truth) == pytest.approx(1 - 75 / 14)  # a shift is an error
 
 
 def test_diversity_is_the_mean_difference_over_the_hole_between_samples_of_a_prompt():
     images = torch.zeros(5, 3, 2, 2)
     masks = torch.zeros(5, 1, 2, 2)
     masks[..., 0, :] = 1  # hole: the upper two pixels
-    images[1, :, 0, 0], images[2, 0, 0, 0] = 1.0, 1.0
+    images[1, :, 0, 0], images[2, 0, 0, 0] = 0.8, 0.8
     images[:, :, 1, 1] = torch.rand(5, 1)  # outside the hole: does not count
     groups = T([4, 4, 4, 7, 9])
-    pairs = {(0, 1): 0.5, (0, 2): 1 / 6, (1, 2): 0.5 - 1 / 6}
+    pairs = {(0, 1): 0.8 / 2, (0, 2): 0.8 / 6, (1, 2): 0.8 / 2 - 0.8 / 6}
     assert M.diversity(images, masks, groups) == pytest.approx(sum(pairs.values()) / 3)
     assert len(pairs) == len(list(itertools.combinations(range(3), 2)))
     assert math.isnan(M.diversity(images, masks, torch.arange(5)))
