@@ -43,10 +43,10 @@ class PretrainConfig:
         "which part to train; later parts read the earlier ones from --out",
         choices=("all", "clip", "unet", "reward"),
     )
-    clip_steps: int = opt(3000, "updates of the CLIP-like encoders", lo=1)
+    clip_steps: int = opt(2400, "updates of the CLIP-like encoders", lo=1)
     clip_batch: int = opt(192, "pictures a contrastive batch", lo=2)
     clip_lr: float = opt(1e-3, "peak learning rate of the encoders", lo=0)
-    unet_steps: int = opt(24000, "updates of the UNet", lo=1)
+    unet_steps: int = opt(20000, "updates of the UNet", lo=1)
     unet_batch: int = opt(32, "pictures a batch of the UNet", lo=1)
     unet_lr: float = opt(1.5e-3, "peak learning rate of the UNet", lo=0)
     ema: float = opt(0.999, "decay of the averaged weights that are kept", lo=0, hi=1)
