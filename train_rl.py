@@ -44,7 +44,7 @@ class RLConfig:
     out: str = opt("", "run folder; empty: runs/rl-small, or the next free name")
     seed: int = opt(0, "seed of prompts, noise and order", lo=0, hi=999_999)
     # rollouts
-    epochs: int = opt(30, "rounds of rollout and update", lo=1)
+    epochs: int = opt(40, "rounds of rollout and update", lo=1)
     prompts: int = opt(16, "prompts an epoch", lo=1)
     samples: int = opt(4, "completions a prompt: its group", lo=1)
     steps: int = opt(6, "T, DDIM steps of a rollout (PrefPaint: 50)", lo=2)
@@ -55,7 +55,7 @@ class RLConfig:
     # updates
     train_steps: int = opt(5, "K, random steps trained of each rollout's random ones (PrefPaint: 5 of 50)", lo=1)
     updates: int = opt(2, "optimiser steps a rollout, each on its share of the samples", lo=1)
-    lr: float = opt(3e-5, "learning rate of AdamW (PrefPaint: 2e-6)", lo=0)
+    lr: float = opt(1e-4, "learning rate of AdamW (PrefPaint: 2e-6)", lo=0)
     weight_decay: float = opt(0.01, "weight decay of AdamW (PrefPaint: 0.01)", lo=0)
     grad_clip: float = opt(1.0, "largest gradient norm", lo=0)
     clip_range: float = opt(
@@ -65,7 +65,7 @@ class RLConfig:
     kl_weight: float = opt(
         0.0, "kappa, weight of the KL to the base model, per dimension (PrefPaint Eq. 1; its code: 0)", lo=0
     )
-    ema: float = opt(0.8, "decay per update of the averaged weights, which are evaluated and kept", lo=0, hi=0.9999)
+    ema: float = opt(0.9, "decay per update of the averaged weights, which are evaluated and kept", lo=0, hi=0.9999)
     micro_batch: int = opt(64, "steps a backward pass: less memory, the same gradient", lo=1)
     # what is looked at
     eval_every: int = opt(5, "epochs between evaluations", lo=1)
@@ -76,7 +76,8 @@ class RLConfig:
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
 
 
-PRESETS: dict[str, dict] = {"small": {}}
+# A small KL weight keeps the policy from drifting where the reward is blind: three times less KL, cleaner fills.
+PRESETS: dict[str, dict] = {"small": {"kl_weight": 0.03}}
 CURVES, WIN_BASE, WIN_ALIGNED = -1, -2, -3  # "epochs" whose noise the evaluations draw
 
 

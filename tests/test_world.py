@@ -252,6 +252,15 @@ def test_bad_fills_fall_below_clean_ones(fills, way):
     assert labels["clean"].mean() - labels[way].mean() > 0.3
 
 
+def test_gold_is_a_number_from_one_to_seven_whatever_the_scene():
+    """Among 3,000 scenes are holes that show nothing but a thing's edge."""
+    batch = scene_prompts(5, 0, 3000)
+    assert (A.gold(batch.images, batch.masks, batch.scenes).label - 7).abs().max() < 1e-4
+    for way in (torch.zeros_like(batch.images), torch.rand(batch.images.shape), S.sloppy(batch.images)):
+        label = A.gold(batch.paste_known(way), batch.masks, batch.scenes).label
+        assert label.min() >= 1 and label.max() <= 7  # NaN is neither
+
+
 def test_what_no_one_can_see_costs_little(fills):
     batch, labels = fills
     faint = batch.images + 0.02 * torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(1))

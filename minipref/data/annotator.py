@@ -22,8 +22,8 @@ from .scenes import RGB, Scene, draw, layout
 WEIGHTS = {"structure": 0.15, "texture": 0.15, "overall": 0.7}  # PrefPaint's label
 LOWEST, HIGHEST = 1, 7
 COLOUR_TOLERANCE = 0.35  # RGB distance at which two colours agree by 1/e
-UNSEEN = 0.08  # RGB distance from the palette that nobody notices
-SPOILT = 0.20  # … and at which a pixel counts as spoilt altogether
+UNSEEN = 0.04  # RGB distance from the palette that nobody notices
+SPOILT = 0.18  # … and at which a pixel counts as spoilt altogether
 BACKGROUND_SHARE = 0.55  # of the undetermined hole; true scenes have more
 
 
@@ -93,7 +93,8 @@ def _texture(
     overall = ((share - 0.40) / 0.55).clamp(0, 1)
     # A smeared thing is small beside its background, but it is what people look at: whatever stands out from the
     # background counts once more by itself. Of a small, crisply drawn thing about half is edge.
-    crisp = _crispness(images, hole, like_background) / _crispness(truth, hole, like_true_background).clamp(max=0.5)
+    crisp, measure = _crispness(images, hole, like_background), _crispness(truth, hole, like_true_background)
+    crisp = (crisp + 1e-6) / (measure.clamp(max=0.5) + 1e-6)
     return overall * (0.4 + 0.6 * crisp.clamp(max=1))
 
 
