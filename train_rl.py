@@ -76,7 +76,7 @@ class RLConfig:
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
 
 
-# A small KL weight keeps the policy from drifting where the reward is blind: three times less KL, cleaner fills.
+# The small KL weight keeps the policy from drifting where the reward is blind (tutorials/LOG.md).
 PRESETS: dict[str, dict] = {"small": {"kl_weight": 0.03}}
 CURVES, WIN_BASE, WIN_ALIGNED = -1, -2, -3  # "epochs" whose noise the evaluations draw
 
