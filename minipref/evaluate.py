@@ -31,7 +31,7 @@ class EvaluateConfig:
     prompts: int = opt(512, "held-out prompts, beyond those of the run's curves", lo=8)
     best_of: int = opt(10, "S, the most samples a prompt", lo=1)
     steps: int = opt(0, "DDIM steps; 0: those of the run", lo=0)
-    seed: int = opt(0, "seed of the evaluation's noise", lo=0)
+    seed: int = opt(-1, "seed of the evaluation's noise; -1: the run's", lo=-1)
     device: str = opt("cpu", "cpu, cuda or mps")
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
 
@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device)
+    seed = config["seed"] if cfg.seed < 0 else cfg.seed
     how = Sampling(cfg.steps or config["steps"], config["eta"], config["guidance"])
     prompts = run_prompts(config, config["eval_prompts"], cfg.prompts)
     encoder = pipe.clip, pipe.tokenizer
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def judged(unet: UNet, round: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """Reward (P,), gold (P,) and pictures of one sample a prompt; every round draws its own noise."""
-        images = pipe.complete(unet, prompts, how, seed=cfg.seed, epoch=round)
+        images = pipe.complete(unet, prompts, how, seed=seed, epoch=round)
         true = gold(images, prompts.masks, prompts.scenes).label if prompts.scenes else None
         return reward(images, prompts).value, true, images
 
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = [s for s in (1, 3, 10) if s <= cfg.best_of]
     lines = [f"# {cfg.run}, {cfg.checkpoint}.pt", ""]
     lines += [
-        f"{cfg.prompts} held-out prompts, {how.steps} steps, eta {how.eta:g}, seed {cfg.seed}, independent noise.",
+        f"{cfg.prompts} held-out prompts, {how.steps} steps, eta {how.eta:g}, seed {seed}, independent noise.",
         "",
     ]
     judges = [("reward", 0)] + ([("gold", 1)] if prompts.scenes else [])
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             spread = f"{float(v.std(1).mean()):.3f}" if cfg.best_of > 1 else "one sampling"
             lines.append(f"| {model} | {float(v.mean()):.3f} | {spread} |")
         lines.append("")
-    kl = path_kl(pipe, aligned, prompts.select(slice(0, 64)), how, cfg.seed)
+    kl = path_kl(pipe, aligned, prompts.select(slice(0, 64)), how, seed)
     lines += [
         f"KL(aligned, base) of a whole rollout: {float(kl.mean()):.2f} nats, standard deviation {float(kl.std()):.2f}."
     ]
