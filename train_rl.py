@@ -12,6 +12,7 @@ import copy
 import math
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from minipref import metrics
 from minipref.data.annotator import gold
-from minipref.data.folders import read_folder
+from minipref.data.folders import read_folder, split_pictures
 from minipref.data.prompts import picture_prompts, scene_prompts
 from minipref.data.scenes import HELD_OUT_WORLD, RL_WORLD, SIZE, world
 from minipref.diffusion import Condition, Trajectory, ddim_mean, gaussian_log_prob, predict
+from minipref.evaluate import path_kl
 from minipref.losses import advantages, clipped_surrogate, gaussian_kl
 from minipref.pipeline import Pipeline, Sampling, learned_reward
 from minipref.report import rl_curves, rl_grid
@@ -51,13 +53,12 @@ class RLConfig:
     eta: float = opt(
         1.0, "noise of the DDIM steps, 1 = DDPM; 0 has no probability and is refused (PrefPaint: 1)", lo=0, hi=1
     )
-    guidance: float = opt(1.0, "classifier-free guidance scale; 1, or an empty prompt, costs one pass", lo=0)
     # updates
     train_steps: int = opt(5, "K, random steps trained of each rollout's random ones (PrefPaint: 5 of 50)", lo=1)
     updates: int = opt(2, "optimiser steps a rollout, each on its share of the samples", lo=1)
     lr: float = opt(1e-4, "learning rate of AdamW (PrefPaint: 2e-6)", lo=0)
     weight_decay: float = opt(0.01, "weight decay of AdamW (PrefPaint: 0.01)", lo=0)
-    grad_clip: float = opt(1.0, "largest gradient norm", lo=0)
+    grad_clip: float = opt(1.0, "largest gradient norm", lo=1e-6)
     clip_range: float = opt(
         1.64, "clip of the joint log-ratio (PrefPaint: 1e-4 of the mean's, at n = 16,384: 1.64)", lo=0.01
     )
@@ -88,17 +89,14 @@ def prompt_sources(cfg: RLConfig):
             lambda start, count: scene_prompts(world(RL_WORLD, cfg.seed), start, count),
             lambda start, count: scene_prompts(world(HELD_OUT_WORLD, cfg.held_out), start, count),
         )
-    images, files, skipped = read_folder(cfg.data, SIZE)
+    images, _, skipped = read_folder(cfg.data, SIZE)
     for line in skipped:
         print(f"skipped {line}")
-    fifth = [i for i in range(len(images)) if i % 5 == 4]  # held out; too few pictures: other masks on the same ones
-    rest = [i for i in range(len(images)) if i % 5 != 4]
-    if len(images) < 10:
-        fifth = rest = list(range(len(images)))
-    print(f"{len(images)} pictures from {cfg.data} ({len(skipped)} skipped): {len(rest)} train, {len(fifth)} held out")
+    rest, held = split_pictures(images)
+    print(f"{len(images)} pictures from {cfg.data} ({len(skipped)} skipped): {len(rest)} train, {len(held)} held out")
     return (
-        lambda start, count: picture_prompts(images[rest], world(RL_WORLD, cfg.seed), start, count),
-        lambda start, count: picture_prompts(images[fifth], world(HELD_OUT_WORLD, cfg.held_out), start, count),
+        lambda start, count: picture_prompts(rest, world(RL_WORLD, cfg.seed), start, count),
+        lambda start, count: picture_prompts(held, world(HELD_OUT_WORLD, cfg.held_out), start, count),
     )
 
 
@@ -111,18 +109,21 @@ def main() -> None:
     pipe = Pipeline.load(cfg.weights, cfg.device)
     named = load_reward(cfg.reward, lambda: learned_reward(cfg.weights), lambda: (pipe.clip, pipe.tokenizer))
     reward = CheckedReward(cfg.reward, named)
-    scored = pipe.schedule.coefficients(*step_times(pipe.schedule.timesteps(cfg.steps)), cfg.eta)[2] > 0
-    if not scored.any():
+    if cfg.eta < 0.05:
         raise ValueError(f"--eta {cfg.eta}: the steps are deterministic and have no probability to raise; choose 1")
+    if cfg.prompts * cfg.samples == 1:
+        raise ValueError("--prompts 1 --samples 1: a single completion is neither better nor worse than another")
     training_prompts, held_out_prompts = prompt_sources(cfg)
     held_out = held_out_prompts(0, cfg.eval_prompts)
-    run = RunFolder(cfg.out, "runs/rl-small", asdict(cfg))
+    how = Sampling(cfg.steps, cfg.eta)
+    before = pipe.complete(pipe.unet, held_out, how, seed=cfg.seed, epoch=CURVES)
+    reward(before, held_out)  # a reward that cannot be used is refused before anything is written
+    run = RunFolder(cfg.out, "runs/rl-small", asdict(cfg) | whole_paths(cfg))
 
     base, policy = pipe.unet.requires_grad_(False), copy.deepcopy(pipe.unet).requires_grad_(True)
     average = copy.deepcopy(policy).requires_grad_(False)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     order = np.random.default_rng([cfg.seed, 1])
-    how = Sampling(cfg.steps, cfg.eta, cfg.guidance)
 
     def look(epoch: int) -> dict:
         """Reward and gold of the averaged policy on the fixed held-out prompts, with noise that never changes."""
@@ -140,11 +141,10 @@ def main() -> None:
         """Mean, sigma and log-probability that `unet` gives to steps of a rollout: samples (M,), steps (M,)."""
         t, t_prev = (x[steps] for x in step_times(path.timesteps))
         x_t, x_prev = path.latents[samples, steps], path.latents[samples, steps + 1]
-        output = predict(unet, x_t, t, condition[samples], guidance=cfg.guidance)
+        output = predict(unet, x_t, t, condition[samples])
         mean, sigma = ddim_mean(pipe.schedule, output, x_t, t, t_prev, eta=cfg.eta)
         return mean, sigma, gaussian_log_prob(x_prev.float(), mean, sigma)
 
-    before = pipe.complete(base, held_out, how, seed=cfg.seed, epoch=CURVES)
     first = look(0)
     best = -math.inf
     run.log(epoch=0, **first, seconds=time.time() - started)
@@ -171,11 +171,11 @@ def main() -> None:
         if epoch == 1:  # before any update the replayed probabilities must be those of the rollout
             with torch.no_grad():
                 rows = torch.arange(min(B, cfg.micro_batch))
-                at = random_steps[:1].expand(len(rows))
-                _, _, replayed = step_of(policy, path, condition, rows, at)
-            worst = float(n * (replayed - path.log_probs[rows, at]).abs().max())
-            if not worst <= 0.01 * cfg.clip_range:
-                raise RuntimeError(f"replay differs from the rollout by {worst:.2g} nats before any update")
+                for at in (i.expand(len(rows)) for i in random_steps):
+                    _, _, replayed = step_of(policy, path, condition, rows, at)
+                    worst = float(n * (replayed - path.log_probs[rows, at]).abs().max())
+                    if not worst <= 0.01 * cfg.clip_range:
+                        raise RuntimeError(f"replay differs from the rollout by {worst:.2g} nats before any update")
 
         # 3. Update: K random steps of each sample, several optimiser steps on disjoint samples.
         K = min(cfg.train_steps, len(random_steps))
@@ -227,7 +227,7 @@ def main() -> None:
             row |= metrics.quantiles(scores.parts["norm"], "norm")
         if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
             row |= look(epoch)
-            meta = {"schedule": asdict(pipe.schedule.config), "epoch": epoch, "eval_reward": row["eval_reward"]}
+            meta = {"schedule": asdict(pipe.schedule.config), "base": pipe.fingerprint, "epoch": epoch}
             for name in ["last.pt"] + (["best.pt"] if row["eval_reward"] > best else []):
                 checkpoint.save(run.path / name, "unet", average.config, average.state_dict(), meta=meta)
             best = max(best, row["eval_reward"])
@@ -253,7 +253,7 @@ def main() -> None:
         "win_rate": wins,
         "win_rate_ci": metrics.wilson_interval(wins, len(judged)),
         "judge": "gold" if true else "reward",
-        "kl": run.rows[-1]["kl"],
+        "kl": float(path_kl(pipe, average, judged.select(slice(0, 64)), how, cfg.seed).mean()),
         "seconds": time.time() - started,
         "peak_memory_mb": peak_memory_mb(),
         "seed": cfg.seed,
@@ -264,6 +264,11 @@ def main() -> None:
         f"WinRate {wins:.3f} by {summary['judge']}"
     )
     print(f"look at {run.path / 'samples'} and {run.path / 'curves.png'}")
+
+
+def whole_paths(cfg: RLConfig) -> dict[str, str]:
+    """Folders as absolute paths: a run is read from other folders than it was started in."""
+    return {k: str(Path(v).resolve()) for k, v in (("weights", cfg.weights), ("data", cfg.data)) if v}
 
 
 def step_times(timesteps: Tensor) -> tuple[Tensor, Tensor]:

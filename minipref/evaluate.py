@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import metrics
 from .data.annotator import gold
-from .data.folders import read_folder
+from .data.folders import read_folder, split_pictures
 from .data.prompts import Prompts, picture_prompts, scene_prompts
 from .data.scenes import HELD_OUT_WORLD, SIZE, world
 from .diffusion import ddim_mean, predict
@@ -19,6 +19,7 @@ from .models.unet import UNet
 from .pipeline import Pipeline, Sampling, learned_reward, load_unet
 from .report import rl_grid
 from .rewards import CheckedReward, load_reward
+from .runtime import checkpoint
 from .runtime.checkpoint import atomic_write
 from .runtime.config import opt, parse
 from .runtime.runlog import progress, read_run
@@ -40,10 +41,15 @@ def load_run(folder: str, which: str, device: str) -> tuple[dict, Pipeline, UNet
     """-> a run's configuration, the base model's pipeline, and the aligned UNet."""
     if not folder:
         raise ValueError("--run is missing: the folder that train_rl.py wrote, such as runs/rl-small")
-    config = read_run(folder)
+    config, path = read_run(folder), Path(folder) / f"{which}.pt"
+    if missing := {"weights", "data", "reward", "seed", "held_out", "eval_prompts", "steps", "eta"} - set(config):
+        raise ValueError(
+            f"{Path(folder) / 'config.json'}: no run of train_rl.py, it lacks {', '.join(sorted(missing))}"
+        )
     pipe = Pipeline.load(config.get("weights"), device)
-    path = Path(folder) / f"{which}.pt"
     aligned, _ = load_unet(path)
+    if checkpoint.load(path, "unet")[2].get("base") != pipe.fingerprint:
+        raise ValueError(f"{path}: was aligned from another base model than {config['weights'] or 'the shipped one'}")
     if aligned.config != pipe.unet.config:
         raise ValueError(f"{path}: its UNet is configured differently from the base model's ({pipe.unet.config})")
     return config, pipe, aligned.to(memory_format=torch.channels_last).to(pipe.device)  # type: ignore[call-overload]
@@ -53,7 +59,8 @@ def run_prompts(config: dict, start: int, count: int) -> Prompts:
     """Held-out prompts of a run's kind."""
     seed = world(HELD_OUT_WORLD, config.get("held_out", 0))
     if config.get("data"):
-        return picture_prompts(read_folder(config["data"], SIZE)[0], seed, start, count)
+        _, held_out = split_pictures(read_folder(config["data"], SIZE)[0])
+        return picture_prompts(held_out, seed, start, count)
     return scene_prompts(seed, start, count)
 
 
@@ -94,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(cfg.threads)
     config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device)
     seed = config["seed"] if cfg.seed < 0 else cfg.seed
-    how = Sampling(cfg.steps or config["steps"], config["eta"], config["guidance"])
+    how = Sampling(cfg.steps or config["steps"], config["eta"])
     prompts = run_prompts(config, config["eval_prompts"], cfg.prompts)
     encoder = pipe.clip, pipe.tokenizer
     named = load_reward(config["reward"], lambda: learned_reward(config["weights"]), lambda: encoder)
@@ -124,9 +131,9 @@ def main(argv: list[str] | None = None) -> None:
         base, new = values[:, : cfg.best_of], values[:, cfg.best_of :]
         assert isinstance(rival, Tensor)
         lines += table(name, base, rival, new, sizes) + [""]
-        lines += [f"| {name} | mean | standard deviation over samplings of one prompt |", "|---|---|---|"]
+        lines += [f"| {name} | mean | variance over samplings of one prompt |", "|---|---|---|"]
         for model, v in (("base", base), ("aligned", new)):
-            spread = f"{float(v.std(1).mean()):.3f}" if cfg.best_of > 1 else "one sampling"
+            spread = f"{float(v.var(1).mean()):.3f}" if cfg.best_of > 1 else "one sampling"
             lines.append(f"| {model} | {float(v.mean()):.3f} | {spread} |")
         lines.append("")
     kl = path_kl(pipe, aligned, prompts.select(slice(0, 64)), how, seed)
@@ -137,6 +144,6 @@ def main(argv: list[str] | None = None) -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     out = Path(cfg.run)
-    atomic_write(out / "evaluation.md", lambda p: p.write_text(text))
+    atomic_write(out / "evaluation.md", lambda p: p.write_text(text, encoding="utf-8"))
     rl_grid(out / "evaluation.png", prompts, results[1][2], results[1 + cfg.best_of][2], None)
     print(f"written: {out / 'evaluation.md'}, {out / 'evaluation.png'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from .models.unet import UNet, UNetConfig
 from .presets import SMALL_CODEC
 from .rewards import LearnedReward
 from .runtime import checkpoint
+from .runtime.runlog import progress
 
 SHIPPED = Path(__file__).parent / "weights" / "small"
 
@@ -27,17 +29,21 @@ def load_clip(path: str | Path) -> tuple[CLIP, WordTokenizer]:
     config, state, meta = checkpoint.load(path, "clip")
     clip = checkpoint.build(CLIPConfig, CLIP, config, state, path).requires_grad_(False)
     assert isinstance(clip, CLIP)
+    if not meta.get("words"):
+        raise ValueError(f"{path}: does not hold the words of its tokenizer")
     return clip, WordTokenizer(meta["words"])
 
 
 def load_unet(path: str | Path) -> tuple[UNet, Schedule]:
     """-> UNet in eval mode, and the noise schedule that it was trained with."""
     config, state, meta = checkpoint.load(path, "unet")
-    if "schedule" not in meta:
-        raise ValueError(f"{path}: does not say which noise schedule its UNet was trained with")
+    try:
+        schedule = Schedule(ScheduleConfig(**meta["schedule"]))
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: does not say which noise schedule its UNet was trained with ({e})") from None
     unet = checkpoint.build(UNetConfig, UNet, config, state, path)
     assert isinstance(unet, UNet)
-    return unet, Schedule(ScheduleConfig(**meta["schedule"]))
+    return unet, schedule
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Pipeline:
     clip: CLIP
     tokenizer: WordTokenizer
     device: torch.device
+    fingerprint: str  # of unet.pt: a run says which base model it started from
 
     @staticmethod
     def load(weights: str | Path | None, device: str = "cpu") -> Pipeline:
@@ -68,8 +75,15 @@ class Pipeline:
             )
         unet, schedule = load_unet(folder / "unet.pt")
         clip, tokenizer = load_clip(folder / "clip.pt")
+        c, codec = unet.config, SMALL_CODEC
+        expected = 2 * codec.channels + codec.mask_channels, codec.channels, clip.config.text_hidden_size
+        if (c.in_channels, c.out_channels, c.cross_attention_dim) != expected:
+            raise ValueError(
+                f"{folder / 'unet.pt'}: a UNet with {c.in_channels} channels in, {c.out_channels} out, texts of width "
+                f"{c.cross_attention_dim}; this codec and clip.pt need {expected[0]}, {expected[1]} and {expected[2]}"
+            )
         unet.to(memory_format=torch.channels_last).to(where)  # type: ignore[call-overload]
-        return Pipeline(unet, schedule, SMALL_CODEC, clip.to(where), tokenizer, where)
+        return Pipeline(unet, schedule, SMALL_CODEC, clip.to(where), tokenizer, where, digest(folder / "unet.pt"))
 
     @torch.no_grad()
     def condition(self, prompts: Prompts) -> Condition:
@@ -97,8 +111,8 @@ class Pipeline:
     ) -> Tensor:
         """Completions (B, 3, H, W) in [0, 1] on the CPU, known pixels in place. Sample i's noise is that of
         (seed, epoch, first + i), whatever `batch`, the number of pictures a pass, is."""
-        done = []
-        for i in range(0, len(prompts), batch):
+        done, starts = [], range(0, len(prompts), batch)
+        for i in progress(starts, "completions", leave=False) if len(starts) > 2 else starts:
             part = prompts.select(slice(i, i + batch))
             path = self.sample(unet, part, how, seed, epoch, range(first + i, first + i + len(part)))
             done.append(self.decode(path, part))
@@ -121,7 +135,14 @@ class Pipeline:
 
     def decode(self, path: Trajectory, prompts: Prompts) -> Tensor:
         """A rollout's last latents as pictures with the known pixels put back."""
-        return prompts.paste_known(self.codec.decode(path.latents[:, -1]).cpu())
+        images = self.codec.decode(path.latents[:, -1]).cpu()
+        if not torch.isfinite(images).all():
+            raise ValueError("the UNet made pictures of NaN: its weights are damaged or have diverged (lower --lr)")
+        return prompts.paste_known(images)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def learned_reward(weights: str | Path | None) -> LearnedReward:
@@ -130,6 +151,8 @@ def learned_reward(weights: str | Path | None) -> LearnedReward:
 
 def pick_device(name: str) -> torch.device:
     """The device, or one line that says why it cannot be had."""
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: not available here; choose cpu, cuda or mps")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

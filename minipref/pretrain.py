@@ -25,7 +25,7 @@ from .diffusion import Schedule, add_noise, target
 from .losses import denoising_loss
 from .models.clip import CLIP, clip_loss
 from .models.unet import UNet
-from .pipeline import Pipeline, Sampling, load_clip
+from .pipeline import Pipeline, Sampling, load_clip, pick_device
 from .presets import SMALL_CODEC, SMALL_FEATURES, SMALL_SCHEDULE, SMALL_UNET, small_clip, small_tokenizer
 from .report import gold_sheet
 from .rewards import FeatureConfig, LearnedReward, RewardFeatures, ridge_fit, trust_from_quantiles
@@ -37,7 +37,7 @@ from .runtime.runlog import progress
 @dataclass(frozen=True)
 class PretrainConfig:
     out: str = opt("runs/pretrain-small", "folder for unet.pt, clip.pt and reward.pt")
-    seed: int = opt(0, "seed of weights, scenes and noise", lo=0)
+    seed: int = opt(0, "seed of weights, scenes and noise", lo=0, hi=999_999)
     only: str = opt(
         "all",
         "which part to train; later parts read the earlier ones from --out",
@@ -243,6 +243,8 @@ def collect_ratings(pipe: Pipeline, seed: int, prompts: int, samples: int, steps
     assert every.scenes is not None
     labels = mean_label(rate(images, every.masks, every.scenes, generator))
     truth = gold(images, every.masks, every.scenes).label
+    if not (torch.isfinite(labels).all() and torch.isfinite(images).all()):
+        raise ValueError("a completion or its rating is not a finite number; the UNet's weights may be broken")
     groups = torch.cat([torch.arange(prompts).repeat_interleave(k) for k in (samples, 2)])
     return Ratings(every, images, labels, truth, groups, torch.arange(len(images)) >= len(several))
 
@@ -286,9 +288,14 @@ def select(r: Ratings, chosen: Tensor) -> Ratings:
 
 
 def train_reward(cfg: PretrainConfig, out: Path) -> dict:
-    """Features on one split, ridge and V on a second, figures on a third (PrefPaint Sections 3–4)."""
+    """Features on one split, ridge and V on a second, figures on a third (PrefPaint Sections 3–4).
+
+    Differs from the paper: labels are normalised over all prompts, not per mask kind.
+    """
     start = time.time()
-    r = collect_ratings(Pipeline.load(out), cfg.seed, cfg.reward_prompts, cfg.reward_samples, cfg.reward_steps)
+    r = collect_ratings(
+        Pipeline.load(out, cfg.device), cfg.seed, cfg.reward_prompts, cfg.reward_samples, cfg.reward_steps
+    )
     gold_sheet(out / "gold_sheet.png", r.images, r.truth)
     split = {k: select(r, v) for k, v in split_by_prompt(r.groups, cfg.seed).items()}
     mean, spread = float(split["features"].labels.mean()), float(split["features"].labels.std())
@@ -321,6 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = parse(PretrainConfig, argv, prog="minipref pretrain", description=__doc__ or "", presets=PRESETS)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    pick_device(cfg.device)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     figures = json.loads((out / "pretrain.json").read_text()) if (out / "pretrain.json").exists() else {}

@@ -16,6 +16,8 @@ from __future__ import annotations
 import importlib
 import io
 import math
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -244,7 +246,9 @@ class ClipReward:
         texts = batch.texts if self.text is None else [self.text] * len(images)
         if not all(texts):
             raise ValueError("prompts without a text; name one: --reward 'clip:a red circle on a blue background'")
-        return (self.clip.encode_image(images) * self.clip.encode_text(self.tokenizer(texts))).sum(1)
+        device = self.clip.logit_scale.device
+        image, text = self.clip.encode_image(images.to(device)), self.clip.encode_text(self.tokenizer(texts).to(device))
+        return (image * text).sum(1).cpu()
 
 
 BUILT_IN: dict[str, Reward] = {
@@ -256,28 +260,29 @@ BUILT_IN: dict[str, Reward] = {
 
 
 def load_reward(name: str, learned: Callable[[], Reward], clip: Callable[[], tuple[Any, Any]]) -> Reward:
-    """The reward that `--reward` names: "model" (the trained one), "clip" or "clip:TEXT", a built-in, a weighted
+    """The reward that `--reward` names: "model" (the trained one), "clip:TEXT", a built-in, a weighted
     sum such as "0.7*model+0.3*brightness", or "package.module:function"."""
-    terms = [t.strip() for t in name.split("+")] if not name.startswith("clip:") else [name]
-    if len(terms) > 1 or (terms and "*" in terms[0] and ":" not in terms[0].split("*")[0]):
+    terms = [t.strip() for t in name.split("+")]
+    if len(terms) > 1 or "*" in name:
         return _weighted_sum(terms, lambda n: load_reward(n, learned, clip))
     if name == "model":
         return learned()
-    if name == "clip" or name.startswith("clip:"):
+    if name.startswith("clip:"):
         encoder, tokenizer = clip()
-        return ClipReward(encoder, tokenizer, name[5:].strip() or None)
+        return ClipReward(encoder, tokenizer, name[5:].strip())
     if name in BUILT_IN:
         return BUILT_IN[name]
     if ":" not in name:
         known = ", ".join(["model", "clip:TEXT", *BUILT_IN])
         raise ValueError(f"--reward {name}: unknown; choose {known}, or yours as package.module:function")
     module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # a script's own folder is on the path, the user's is not
+        sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
-        raise ValueError(
-            f"--reward {name}: cannot be imported ({e}); run from the folder that holds {module}"
-        ) from None
+    except Exception as e:  # whatever the user's module does when it is imported
+        reason = f"{type(e).__name__}: {e}"
+        raise ValueError(f"--reward {name}: cannot be imported ({reason}); run from the folder that holds it") from None
     if not callable(found):
         raise ValueError(f"--reward {name}: is no function")
     return found
@@ -288,12 +293,13 @@ def _weighted_sum(terms: list[str], load: Callable[[str], Reward]) -> Reward:
     for term in terms:
         weight, star, rest = term.partition("*")
         try:
-            parsed.append((float(weight), load(rest.strip())) if star else (1.0, load(term)))
+            factor, inner = (float(weight), rest.strip()) if star else (1.0, term)
+            parsed.append((factor, CheckedReward(inner, load(inner))))
         except ValueError as e:
             raise ValueError(f"--reward term {term!r}: {e}") from None
 
     def total(images: Tensor, batch: Prompts) -> Scores:
-        scored = [as_scores(r(images, batch)) for _, r in parsed]
+        scored = [r(images, batch) for _, r in parsed]
         value = sum(w * s.value for (w, _), s in zip(parsed, scored))
         trust = next((s.trust for s in scored if s.trust is not None), None)
         return Scores(value, trust, {k: v for s in scored for k, v in s.parts.items()})  # type: ignore[arg-type]
@@ -320,17 +326,22 @@ class CheckedReward:
             scores = as_scores(self.reward(images, batch))
         except Exception as e:
             raise ValueError(f"reward {self.name}: raised {type(e).__name__}: {e}; {expected}") from e
-        value = scores.value
-        if not isinstance(value, Tensor) or value.shape != (len(images),):
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"reward {self.name}: returned {got}; {expected}")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"reward {self.name}: returned NaN or infinity; {expected}")
+
+        def column(what: str, x: Any) -> Tensor:
+            if not isinstance(x, Tensor) or x.shape != (len(images),):
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"reward {self.name}: {what} {got}; {expected}")
+            if not torch.isfinite(x).all():
+                raise ValueError(f"reward {self.name}: {what} NaN or infinity; {expected}")
+            return x.detach().float().cpu()
+
+        value = column("returned", scores.value)
+        trust = None if scores.trust is None else column("returned a trust of", scores.trust)
+        parts = {k: column(f"returned a part {k!r} of", v) for k, v in scores.parts.items()}
         if len(value) > 1 and not self.told_apart:
             self.told_apart = bool((value != value[0]).any())
         if len(value) > 1 and not self.told_apart:
             raise ValueError(
                 f"reward {self.name}: gave all {len(value)} pictures the value {value[0].item():g}: nothing to learn"
             )
-        trust = None if scores.trust is None else scores.trust.float().cpu()
-        return Scores(value.detach().float().cpu(), trust, {k: v.cpu() for k, v in scores.parts.items()})
+        return Scores(value, trust, parts)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .data import masks as M
-from .data.folders import read_image, read_mask
+from .data.folders import SUFFIXES, read_image, read_mask
 from .data.prompts import Prompts
 from .data.scenes import SIZE
 from .evaluate import load_run, run_prompts
@@ -69,6 +69,9 @@ def main(argv: list[str] | None = None) -> None:
     cfg = parse(SampleConfig, argv, prog="minipref sample", description=__doc__ or "")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    out = Path(cfg.out or Path(cfg.run) / "sample.png")
+    if out.suffix.lower() not in SUFFIXES or out.is_dir():
+        raise ValueError(f"--out {out}: name a picture file, such as sample.png")
     if cfg.run:
         config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device)
     else:
@@ -80,7 +83,6 @@ def main(argv: list[str] | None = None) -> None:
     models = [("base", pipe.unet)] + ([("aligned", aligned)] if aligned is not None else [])
     made = {name: pipe.complete(unet, prompts, how, seed=cfg.seed, epoch=0) for name, unet in models}
     rows = [] if cfg.full else [("prompt (grey = hole)", prompts.masked)]
-    out = Path(cfg.out or Path(cfg.run) / "sample.png")
     save(grid(rows + list(made.items()), cell=96, title=cfg.prompt), out)
     for name, images in made.items():  # at their own size, for further use
         for i, x in enumerate(images):

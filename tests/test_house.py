@@ -27,7 +27,7 @@ LEVELS = [{"runtime", "kernels"}, {"models", "data"}, {"diffusion", "rewards", "
 
 def imports(path: Path):
     """(top-level package, room of minipref or None) of every import in a file, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((a.name.split(".")[0], None) for a in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -73,9 +73,8 @@ CONFIGS = {
 @pytest.mark.parametrize("module", CONFIGS)
 def test_every_config_field_is_read_and_explained(module):
     found = importlib.import_module(module)
-    config, source = getattr(found, CONFIGS[module]), Path(found.__file__).read_text()
-    used = set(re.findall(r"\b(?:cfg|config)\.(\w+)|config\[\"(\w+)\"\]", source))
-    used = {name for pair in used for name in pair}
+    config, source = getattr(found, CONFIGS[module]), Path(found.__file__).read_text(encoding="utf-8")
+    used = set(re.findall(r"\bcfg\.(\w+)", source))
     for f in dataclasses.fields(config):
         assert f.name in used, f"{module}: --{f.name} is read nowhere"
         assert len(f.metadata["help"]) > 10
@@ -171,7 +170,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         checkpoint.atomic_write(path, fails)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+    assert path.read_text(encoding="utf-8") == "old" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
 
 
 def test_a_bad_checkpoint_is_named_with_its_fault(tmp_path):
@@ -184,6 +183,10 @@ def test_a_bad_checkpoint_is_named_with_its_fault(tmp_path):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"nonsense"):
         path.write_bytes(content)
+        with pytest.raises(ValueError, match="u.pt: cannot be read as a checkpoint"):
+            checkpoint.load(path, "unet")
+    for at in (200, len(whole) // 3, len(whole) // 2):  # bytes overwritten: the checksums of the archive notice
+        path.write_bytes(whole[:at] + bytes(b ^ 255 for b in whole[at : at + 20]) + whole[at + 20 :])
         with pytest.raises(ValueError, match="u.pt: cannot be read as a checkpoint"):
             checkpoint.load(path, "unet")
     torch.save([1, 2], path)
@@ -219,10 +222,10 @@ def test_a_run_folder_logs_plain_json_and_is_never_overwritten(tmp_path, monkeyp
     run = RunFolder("", "runs/x", {"seed": 1})
     run.log(epoch=1, reward=float("nan"), kl=0.123456789)
     run.log(epoch=2, reward=2.0)
-    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows == [{"epoch": 1, "reward": None, "kl": 0.1234568}, {"epoch": 2, "reward": 2.0}]
     assert run.column("kl") == ([1], [0.123456789]) and read_run("runs/x") == {"seed": 1}
-    assert (run.path / "command.txt").read_text().startswith("python ")
+    assert (run.path / "command.txt").read_text(encoding="utf-8").startswith("python ")
     assert RunFolder("", "runs/x", {}).path == Path("runs/x-2")
     with pytest.raises(ValueError, match="holds a run already"):
         RunFolder("runs/x", "", {})
@@ -272,6 +275,13 @@ def test_a_picture_is_turned_as_its_camera_says(tmp_path):
     assert x.shape == (3, 20, 10) and x[:, 0].min() == 1 and x[:, -1].max() == 0
 
 
+def test_every_fifth_picture_is_held_out():
+    x = torch.arange(12.0)
+    train, held = folders.split_pictures(x)
+    assert held.tolist() == [4, 9] and sorted(train.tolist() + held.tolist()) == x.tolist()
+    assert all(torch.equal(part, x[:9]) for part in folders.split_pictures(x[:9]))
+
+
 def test_bad_files_are_named_and_skipped_and_an_empty_folder_stops(tmp_path):
     (tmp_path / "deep").mkdir()
     Image.fromarray(np.zeros((5, 5, 3), np.uint8)).save(tmp_path / "deep" / "good.PNG")
@@ -299,6 +309,15 @@ def test_a_mask_is_white_in_the_hole_and_as_large_as_its_picture(tmp_path):
     assert m.shape == (1, 32, 32) and m[0, :, 16:].min() == 1 and m[0, :, :16].max() == 0
     with pytest.raises(ValueError, match="60×40 pixels but the picture 50×50"):
         folders.read_mask(tmp_path / "m.png", (50, 50), 32)
+    thin = np.zeros((512, 512), np.uint8)
+    thin[:, 300:303] = 255
+    Image.fromarray(thin).save(tmp_path / "thin.png")
+    assert folders.read_mask(tmp_path / "thin.png", (512, 512), 32)[0].sum() == 32  # three of 512 columns: one of 32
+    aside = np.zeros((40, 100), np.uint8)
+    aside[:, :20] = 255
+    Image.fromarray(aside).save(tmp_path / "aside.png")
+    with pytest.raises(ValueError, match="outside the centre square of 40 pixels"):
+        folders.read_mask(tmp_path / "aside.png", (40, 100), 32)
     Image.fromarray(mask * 0).save(tmp_path / "m.png")
     with pytest.raises(ValueError, match="no white pixel"):
         folders.read_mask(tmp_path / "m.png", (40, 60), 32)

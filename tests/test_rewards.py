@@ -261,6 +261,8 @@ def test_gold_is_seven_for_the_truth_and_needs_the_true_scene():
 class FakeClip:
     """Pictures and texts become the unit vectors that the test says."""
 
+    logit_scale = torch.zeros(1)
+
     def encode_image(self, images):
         return torch.nn.functional.normalize(images.mean((2, 3)), dim=-1)
 
@@ -303,13 +305,14 @@ def my_reward(images, batch):
 def test_a_reward_is_chosen_by_name():
     assert load("brightness") is R.brightness and load("jpeg_small") is R.jpeg_small and load("gold") is R.gold
     assert isinstance(load("model"), R.LearnedReward)
-    assert load("clip").text is None and load("clip: red").text == "red"
+    assert load("clip: red").text == "red"
     assert load(f"{__name__}:my_reward") is my_reward
     for name, message in (
         ("nonsense", "unknown; choose model, clip:TEXT, brightness"),
         ("no.such.module:f", "cannot be imported"),
         ("math:no_such_function", "cannot be imported"),
         ("math:pi", "is no function"),
+        (":f", "cannot be imported"),
         ("2*nonsense+model", "term '2\\*nonsense'"),
         ("x*model", "term 'x\\*model'"),
     ):
@@ -319,11 +322,13 @@ def test_a_reward_is_chosen_by_name():
 
 def test_a_weighted_sum_adds_its_terms_and_keeps_the_trust():
     batch = scene_prompts(5, 0, 3)
-    x, model = batch.images, learned()
+    x, model = torch.lerp(batch.images, torch.rand(3, 3, 32, 32), 0.3), learned()
     total = load("0.5*brightness+2*model+gold")(x, batch)
     expected = 0.5 * R.brightness(x, batch) + 2 * model(x, batch).value + R.gold(x, batch)
     assert torch.allclose(total.value, expected) and torch.equal(total.trust, model(x, batch).trust)
     assert set(total.parts) == {"norm"}
+    mixed = load("clip: red+0.5*brightness")(x, batch)
+    assert torch.allclose(mixed.value, load("clip: red")(x, batch) + 0.5 * R.brightness(x, batch))
     single = load("3*brightness")(x, batch)
     assert torch.allclose(single.value, 3 * R.brightness(x, batch)) and single.trust is None
 
@@ -344,6 +349,35 @@ def test_a_reward_that_cannot_be_learned_from_is_refused_by_name(answer, message
     batch = scene_prompts(0, 0, 3)
     with pytest.raises(ValueError, match=f"reward mine: .*{message}"):
         R.CheckedReward("mine", answer)(batch.images, batch)
+
+
+@pytest.mark.parametrize(
+    "scores,message",
+    [
+        (R.Scores(torch.arange(3.0), T([1.0, math.nan, 1.0])), "a trust of NaN"),
+        (R.Scores(torch.arange(3.0), torch.ones(3, 1)), r"a trust of \(3, 1\)"),
+        (R.Scores(torch.arange(3.0), None, {"x": 1.0}), "a part 'x' of float"),
+    ],
+    ids=["nan trust", "trust of another shape", "part"],
+)
+def test_trust_and_parts_are_checked_too(scores, message):
+    batch = scene_prompts(0, 0, 3)
+    with pytest.raises(ValueError, match=f"reward mine: returned {message}"):
+        R.CheckedReward("mine", lambda x, b: scores)(batch.images, batch)
+    learning = T([1.0, 2.0, 3.0], requires_grad=True)
+    assert not R.CheckedReward("mine", lambda x, b: R.Scores(learning, learning))(
+        batch.images, batch
+    ).trust.requires_grad
+
+
+def test_a_term_of_a_sum_is_checked_by_its_own_name():
+    batch = scene_prompts(0, 0, 3)
+    with pytest.raises(ValueError, match=r"reward .*one_number: returned \(1,\)"):
+        R.CheckedReward("sum", load(f"brightness+{__name__}:one_number"))(batch.images, batch)
+
+
+def one_number(images, batch):
+    return torch.ones(1)
 
 
 def test_a_checked_reward_passes_good_answers_on():

@@ -24,6 +24,8 @@ def test_a_scene_is_a_function_of_its_seed_and_number():
 
 def test_worlds_never_meet():
     seeds = {S.world(p, s) for p in range(1, 6) for s in (0, 1, 999_999)}
+    with pytest.raises(ValueError, match="choose 0 to 999999"):
+        S.world(3, 2_000_006)
     assert len(seeds) == 15 and max(S.world(1, s) for s in (0, 999_999)) < S.world(2, 0)
 
 

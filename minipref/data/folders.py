@@ -45,13 +45,24 @@ def read_mask(path: str | Path, like: tuple[int, int], size: int) -> Tensor:
     if tuple(mask.shape[-2:]) != tuple(like):
         (h, w), (H, W) = mask.shape[-2:], like
         raise ValueError(f"{path}: the mask is {w}×{h} pixels but the picture {W}×{H}; they must be equally large")
+    hole = (mask > 0.5).float()
+    if not hole.any():
+        raise ValueError(f"{path}: the mask has no white pixel, so there is no hole to fill")
     side = min(like)
     top, left = (like[0] - side) // 2, (like[1] - side) // 2
-    square = mask[None, :, top : top + side, left : left + side]
-    mask = (torch.nn.functional.interpolate(square, size=(size, size), mode="area")[0] > 0.5).float()
-    if not mask.any():
-        raise ValueError(f"{path}: the mask has no white pixel, so there is no hole to fill")
-    return mask
+    square = hole[:, top : top + side, left : left + side]
+    if not square.any():
+        raise ValueError(f"{path}: the hole lies outside the centre square of {side} pixels that is kept")
+    # A pixel that is hole in any part is hole: nothing shows that was to be replaced.
+    return (torch.nn.functional.interpolate(square[None], size=(size, size), mode="area")[0] > 0).float()
+
+
+def split_pictures(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures to train on, and every fifth held out; of fewer than ten all serve for both, under other masks."""
+    if len(images) < 10:
+        return images, images
+    fifth = torch.arange(len(images)) % 5 == 4
+    return images[~fifth], images[fifth]
 
 
 def read_folder(folder: str | Path, size: int) -> tuple[Tensor, list[Path], list[str]]:

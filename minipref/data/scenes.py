@@ -97,6 +97,8 @@ TRAIN_WORLD, CLIP_WORLD, REWARD_WORLD, RL_WORLD, HELD_OUT_WORLD = range(1, 6)
 
 def world(purpose: int, seed: int = 0) -> int:
     """The scene seed of one purpose; `seed` chooses among its worlds (below a million, so that none meet)."""
+    if not 0 <= seed < 1_000_000:
+        raise ValueError(f"seed {seed}: choose 0 to 999999")
     return purpose * 1_000_003 + seed
 
 

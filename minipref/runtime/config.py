@@ -85,5 +85,5 @@ def run_main(prog: str, main: Callable[[], None]) -> None:
         print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; what the run folder holds is complete and usable", file=sys.stderr)
+        print(f"{prog}: interrupted; every file that was written is whole", file=sys.stderr)
         sys.exit(130)

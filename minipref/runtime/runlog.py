@@ -36,7 +36,7 @@ class RunFolder:
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
         self.rows: list[dict] = []
         self.write_json("config.json", config)
-        (self.path / "command.txt").write_text(shlex.join(["python", *sys.argv]) + "\n")
+        (self.path / "command.txt").write_text(shlex.join(["python", *sys.argv]) + "\n", encoding="utf-8")
         (self.path / "metrics.jsonl").touch()
 
     @staticmethod
@@ -50,12 +50,12 @@ class RunFolder:
     def log(self, **row: Any) -> None:
         """Appends one line to metrics.jsonl."""
         self.rows.append(row)
-        with open(self.path / "metrics.jsonl", "a") as f:
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(_plain(row)) + "\n")
 
     def write_json(self, name: str, content: dict) -> None:
         text = json.dumps(_plain(content), indent=2) + "\n"
-        atomic_write(self.path / name, lambda p: p.write_text(text))
+        atomic_write(self.path / name, lambda p: p.write_text(text, encoding="utf-8"))
 
     def column(self, key: str, x: str = "epoch") -> tuple[list[float], list[float]]:
         """x and y of the rows that carry `key`."""
@@ -70,19 +70,19 @@ class _Lines:
         self.stream = stream
 
     def write(self, text: str) -> None:
-        if line := text.strip("\r\n \x1b[A"):
+        if line := text.replace("\x1b[A", "").strip():
             self.stream.write(line + "\n")
 
     def flush(self) -> None:
         self.stream.flush()
 
 
-def progress(items: Iterable, description: str, total: int | None = None) -> tqdm:
-    """A progress bar on a terminal; one line every ten seconds on a pipe."""
+def progress(items: Iterable, description: str, leave: bool = True) -> tqdm:
+    """A progress bar on a terminal, wiped when done unless `leave`; one line every ten seconds on a pipe."""
     if sys.stderr.isatty():
-        return tqdm(items, description, total=total, mininterval=0.5, dynamic_ncols=True)
+        return tqdm(items, description, leave=leave, mininterval=0.5, dynamic_ncols=True)
     return tqdm(
-        items, description, total=total, mininterval=10, maxinterval=10, ncols=100, file=_Lines(sys.stderr), ascii=True
+        items, description, leave=leave, mininterval=10, maxinterval=10, ncols=100, file=_Lines(sys.stderr), ascii=True
     )
 
 
@@ -92,9 +92,12 @@ def read_run(folder: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no run lies there (config.json is missing)")
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{path}: not readable as JSON ({e})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: not the configuration of a run")
+    return config
 
 
 def peak_memory_mb() -> float:
