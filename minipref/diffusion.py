@@ -15,8 +15,10 @@ the CPU: the host knows the schedule, so that sampling never waits for the devic
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -269,20 +271,14 @@ class Trajectory:
         return int(self.timesteps[i]), -1 if last else int(self.timesteps[i + 1])
 
 
-def sample_generators(seed: int, epoch: int, indices) -> list[torch.Generator]:
+def sample_generators(seed: int, epoch: int, indices: Iterable[int]) -> list[torch.Generator]:
     """One CPU generator per sample, a function of (seed, epoch, global sample index) alone: results depend neither
-    on how a batch is split nor on how many processes share it."""
-
-    def mixed(index: int) -> int:  # splitmix64: neighbouring triples give unrelated seeds
-        h = 0
-        for word in (seed, epoch, index):
-            h = (h ^ (word & (2**64 - 1))) * 0x9E3779B97F4A7C15 % 2**64
-            h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-            h = (h ^ (h >> 27)) * 0x94D049BB133111EB % 2**64
-            h ^= h >> 31
-        return h
-
-    return [torch.Generator().manual_seed(mixed(int(i)) % 2**63) for i in indices]
+    on how a batch is split nor on how many processes share it. `epoch` may be negative."""
+    words = [(seed, epoch % 2**32, int(i)) for i in indices]
+    return [
+        torch.Generator().manual_seed(int(np.random.SeedSequence(w).generate_state(1, np.uint64)[0] >> 1))
+        for w in words
+    ]
 
 
 @torch.no_grad()
