@@ -287,19 +287,28 @@ def select(r: Ratings, chosen: Tensor) -> Ratings:
     return Ratings(r.prompts.select(at), r.images[at], r.labels[at], r.truth[at], r.groups[at], r.widened[at])
 
 
-def train_reward(cfg: PretrainConfig, out: Path) -> dict:
-    """Features on one split, ridge and V on a second, figures on a third (PrefPaint Sections 3–4).
+def label_norms(r: Ratings) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of the labels of each mask kind (PrefPaint normalises per source and mask kind)."""
+    kinds = {k: torch.tensor([x == k for x in r.prompts.kinds]) for k in sorted(set(r.prompts.kinds))}
+    return {k: (float(r.labels[at].mean()), float(r.labels[at].std())) for k, at in kinds.items()}
 
-    Differs from the paper: labels are normalised over all prompts, not per mask kind.
-    """
+
+def normalise(labels: Tensor, kinds: list[str], norms: dict[str, tuple[float, float]]) -> Tensor:
+    """(label − mean)/standard deviation of its mask kind, (N,)."""
+    mean, spread = (torch.tensor([norms[k][i] for k in kinds]) for i in (0, 1))
+    return (labels - mean) / spread
+
+
+def train_reward(cfg: PretrainConfig, out: Path) -> dict:
+    """Features on one split, ridge and V on a second, figures on a third (PrefPaint Sections 3–4)."""
     start = time.time()
     r = collect_ratings(
         Pipeline.load(out, cfg.device), cfg.seed, cfg.reward_prompts, cfg.reward_samples, cfg.reward_steps
     )
     gold_sheet(out / "gold_sheet.png", r.images, r.truth)
     split = {k: select(r, v) for k, v in split_by_prompt(r.groups, cfg.seed).items()}
-    mean, spread = float(split["features"].labels.mean()), float(split["features"].labels.std())
-    y = {k: (v.labels - mean) / spread for k, v in split.items()}
+    norms_of = label_norms(split["features"])
+    y = {k: normalise(v.labels, v.prompts.kinds, norms_of) for k, v in split.items()}
     tower = fit_features(split["features"], y["features"], SMALL_FEATURES, cfg.seed, cfg.reward_epochs, cfg.reward_lr)
     with torch.no_grad():
         z = {k: tower(v.images, v.prompts.masked, v.prompts.masks) for k, v in split.items()}
@@ -314,10 +323,9 @@ def train_reward(cfg: PretrainConfig, out: Path) -> dict:
     figures = {
         "spearman": metrics.spearman(guess, truth),
         "within_prompt_correlation": metrics.within_prompt_correlation(guess, truth, split["calibration"].groups[own]),
-        "r2": metrics.r_squared(guess * spread + mean, truth),
+        "r2": metrics.r_squared(guess, normalise(truth, select(split["calibration"], own).prompts.kinds, norms_of)),
         "rated": len(r.labels),
-        "label_mean": mean,
-        "label_std": spread,
+        "label_norms": norms_of,
         "seconds": time.time() - start,
     }
     model.save(out / "reward.pt", {"seed": cfg.seed, **figures})

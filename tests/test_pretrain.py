@@ -59,6 +59,19 @@ def test_splits_are_by_prompt_and_leak_nothing():
     assert not prompts["features"] & prompts["calibration"] and len(prompts["features"]) == 30
 
 
+def test_labels_are_normalised_per_mask_kind():
+    norms = {"square": (4.0, 2.0), "strip": (1.0, 0.5)}
+    y = pretrain.normalise(torch.tensor([6.0, 2.0, 4.0]), ["square", "strip", "square"], norms)
+    assert y.tolist() == [1.0, 2.0, 0.0]
+    prompts = scene_prompts(0, 0, 40)
+    labels = torch.rand(40) + torch.tensor([3.0 * (k == "strip") for k in prompts.kinds])
+    r = pretrain.Ratings(prompts, prompts.images, labels, labels, torch.arange(40), torch.zeros(40, dtype=torch.bool))
+    y = pretrain.normalise(labels, prompts.kinds, pretrain.label_norms(r))
+    for kind in ("square", "strip"):
+        mine = y[[i for i, k in enumerate(prompts.kinds) if k == kind]]
+        assert abs(mine.mean()) < 1e-5 and abs(mine.std() - 1) < 1e-5
+
+
 def test_widened_pictures_keep_known_pixels_and_stray_in_the_hole():
     prompts = scene_prompts(0, 0, 64)
     made = prompts.paste_known(torch.rand(64, 3, 32, 32))
