@@ -309,8 +309,7 @@ def rollout(
         noise = torch.stack([torch.randn(draws, generator=g) for g in generator])  # (B, T+1, C, H, W)
     noise = noise.to(device)
     if not needs_guidance(condition, guidance):
-        guidance = 1.0  # decided once: the comparison would wait for the device at every step
-        condition = replace(condition, empty=None)
+        condition = replace(condition, empty=None)  # decided once: comparing at every step would wait for the device
 
     timesteps = schedule.timesteps(steps)
     following = torch.cat([timesteps[1:], torch.tensor([-1])])

@@ -342,6 +342,8 @@ def main(argv: list[str] | None = None) -> None:
     figures = json.loads((out / "pretrain.json").read_text()) if (out / "pretrain.json").exists() else {}
     for part, train in (("clip", train_clip), ("unet", train_unet), ("reward", train_reward)):
         if cfg.only in ("all", part):
-            figures[part] = train(cfg, out)
-            (out / "pretrain.json").write_text(json.dumps(figures, indent=1) + "\n")
+            figures[part] = {"command": f"python -m minipref pretrain --small --seed {cfg.seed} --only {part}"}
+            figures[part] |= train(cfg, out)
+            text = json.dumps(figures, indent=1) + "\n"
+            checkpoint.atomic_write(out / "pretrain.json", lambda p, text=text: p.write_text(text))
             print(part, json.dumps(figures[part]))

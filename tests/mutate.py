@@ -151,7 +151,7 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    trees = {f: ast.parse((ROOT / "minipref" / f).read_text()) for f in args.files}
+    trees = {f: ast.parse((ROOT / "minipref" / f).read_text(encoding="utf-8")) for f in args.files}
     every = [(f, i) for f, tree in trees.items() for i in range(len(list(mutations(tree))))]
     if args.within:
         every = [(f, i) for f, i in every if args.within in apply(copy.deepcopy(trees[f]), i)[0]]
@@ -168,7 +168,7 @@ def main() -> int:
             if file:
                 tree = copy.deepcopy(trees[file])
                 old, new, line = apply(tree, index)
-                (Path(folder) / "minipref" / file).write_text(ast.unparse(tree))
+                (Path(folder) / "minipref" / file).write_text(ast.unparse(tree), encoding="utf-8")
             own = [order[file]] if file else []
             results = context.Queue()
             process = context.Process(

@@ -103,6 +103,13 @@ def test_one_step_and_all_steps_are_allowed_and_others_refused():
             s.timesteps(steps)
 
 
+def test_times_beyond_the_schedule_are_refused():
+    s = schedule(timestep_spacing="leading", steps_offset=1)
+    assert s.timesteps(999).max() == 999
+    with pytest.raises(ValueError, match="steps=1000: with steps_offset=1 they begin beyond time 999"):
+        s.timesteps(1000)
+
+
 @pytest.mark.parametrize("field", ["beta_schedule", "prediction_type", "timestep_spacing"])
 def test_an_unknown_schedule_option_is_named(field):
     with pytest.raises(ValueError, match=f"{field}='nonsense'"):
@@ -306,6 +313,15 @@ def test_inpainting_input_is_noisy_latent_then_mask_then_masked_picture():
     assert torch.equal(condition(1).unet_input(x), x)
 
 
+def test_samples_can_be_selected_from_a_condition_with_all_that_belongs_to_them():
+    text, m = torch.randn(3, 2, 4), torch.randn(3, 1, 2, 2)
+    c = Condition(text, mask=m, masked=2 * m, empty=-text)
+    part = c[torch.tensor([2, 0])]
+    assert len(c) == 3 and len(part) == 2 and torch.equal(part.context, text[[2, 0]])
+    assert torch.equal(part.mask, m[[2, 0]]) and torch.equal(part.masked, 2 * m[[2, 0]])
+    assert torch.equal(part.empty, -text[[2, 0]]) and condition(2)[:1].mask is None
+
+
 # ------------------------------------------------------------------------------------------------ rollouts
 
 
@@ -452,7 +468,9 @@ def test_a_rollout_draws_one_noise_a_step_and_one_to_start_from():
 
 
 def test_every_sample_has_its_own_stream():
-    seeds = {g.initial_seed() for e in range(20) for g in sample_generators(7, e, range(500))}
+    seeds = {
+        g.initial_seed() for e in (*range(14), 64, 128, 2**31, -1, -2, -64) for g in sample_generators(7, e, range(500))
+    }
     assert len(seeds) == 10_000 and min(seeds) >= 0  # 63-bit seeds: two meet with probability 5e-12
 
 
