@@ -95,6 +95,14 @@ def test_timestep_spacings_are_those_of_lin_et_al():
     assert schedule(timestep_spacing="linspace").timesteps(10).tolist() == list(range(999, -1, -111))
 
 
+def test_times_between_the_grid_are_rounded_to_the_nearest():
+    """999·k/7 for "linspace"; 1000 − 1000·k/7, less one, for "trailing"."""
+    linspace, trailing = (schedule(timestep_spacing=x) for x in ("linspace", "trailing"))
+    assert linspace.timesteps(8).tolist() == [999, 856, 714, 571, 428, 285, 143, 0]
+    assert trailing.timesteps(7).tolist() == [999, 856, 713, 570, 428, 285, 142]
+    assert linspace.timesteps(2).tolist() == [999, 0] and linspace.timesteps(1).tolist() == [0]
+
+
 def test_one_step_and_all_steps_are_allowed_and_others_refused():
     s = schedule(timestep_spacing="trailing")
     assert s.timesteps(1).tolist() == [999] and s.timesteps(1000).tolist() == list(range(999, -1, -1))

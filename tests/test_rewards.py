@@ -388,6 +388,8 @@ def test_a_checked_reward_passes_good_answers_on():
     assert scores.value.tolist() == [1, 2, 3] and scores.value.dtype == torch.float32
     assert scores.trust.dtype == torch.float32 and scores.parts["own"].tolist() == [1, 2, 3]
     one = R.CheckedReward("mine", lambda x, b: torch.ones(1))(batch.images[:1], batch.select([0]))
+    with pytest.raises(ValueError, match="all 2 pictures the value 1"):
+        R.CheckedReward("mine", lambda x, b: torch.ones(2))(batch.images[:2], batch.select([0, 1]))
     answers = iter([T([1.0, 0.0, 0.0]), torch.ones(3)])
     solved = R.CheckedReward("mine", lambda x, b: next(answers))
     assert solved(batch.images, batch).value.sum() == 1 and solved(batch.images, batch).value.sum() == 3  # all solved
