@@ -210,6 +210,32 @@ def test_features_pool_mean_and_maximum_over_the_hole_by_hand():
     assert z[0].tolist() == pytest.approx([1.5 / 4, 1.0])
 
 
+def identity_tower(channel, stages):
+    """Convolutions that pass one input channel on; z is what was pooled."""
+    tower = R.RewardFeatures(R.FeatureConfig(widths=(1,) * stages, dim=2 * stages))
+    with torch.no_grad():
+        for p in tower.parameters():
+            p.zero_()
+        for i, stage in enumerate(tower.stages):
+            stage[0].weight[0, channel if i == 0 else 0, 1, 1] = stage[2].weight[0, 0, 1, 1] = 1
+        tower.project.weight.copy_(torch.eye(2 * stages))
+    return tower
+
+
+def test_features_read_the_masked_picture_in_the_same_units():
+    masked = torch.full((1, 3, 4, 4), 0.5)
+    masked[0, 0, :, :2] = 0.75  # channel 3 of the input is 2·red − 1: ½ in half of the hole
+    z = identity_tower(3, 1)(torch.zeros(1, 3, 4, 4), masked, torch.ones(1, 1, 4, 4))
+    assert z[0].tolist() == pytest.approx([0.25, 0.5])
+
+
+def test_each_later_stage_sees_half_the_resolution():
+    images = torch.full((1, 3, 4, 4), 0.5)
+    images[0, 0, ::2, ::2] = 1.0  # the pixels that stride 2 keeps
+    z = identity_tower(0, 2)(images, images, torch.ones(1, 1, 4, 4))
+    assert z[0].tolist() == pytest.approx([0.25, 1.0, 1.0, 1.0])
+
+
 def test_a_saved_reward_scores_as_before(tmp_path):
     model, batch = learned(), scene_prompts(5, 0, 4)
     with torch.no_grad():
@@ -391,6 +417,8 @@ def test_a_checked_reward_passes_good_answers_on():
     with pytest.raises(ValueError, match="all 2 pictures the value 1"):
         R.CheckedReward("mine", lambda x, b: torch.ones(2))(batch.images[:2], batch.select([0, 1]))
     answers = iter([T([1.0, 0.0, 0.0]), torch.ones(3)])
+    last_differs = R.CheckedReward("mine", lambda x, b: T([2.0, 1.0, 1.0]))
+    assert last_differs(batch.images, batch).value[0] == 2
     solved = R.CheckedReward("mine", lambda x, b: next(answers))
     assert solved(batch.images, batch).value.sum() == 1 and solved(batch.images, batch).value.sum() == 3  # all solved
     assert one.value.tolist() == [1] and one.trust is None  # a single picture cannot show a difference
