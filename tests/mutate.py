@@ -49,6 +49,14 @@ EXPLAINED = {
     "% 2 ** 33": "other streams for epochs beyond four thousand million",
     "% 2 ** 31": "other streams for epochs beyond two thousand million",
     "keepdim=False": "broadcasts to the same",
+    "value != value[-1]": "some two values differ either way",
+    "h.shape[+2:]": "the same two axes of four",
+    "np.uint64)[0] >> 2": "other streams, as good",
+    "generate_state(2, np.uint64)": "its first word is the same stream's",
+    "def train(self, mode: bool=False)": "the mode is ignored, which is the point",
+    "1.25e-12": "guards against division by zero",
+    "len(value) >= 1 and (not self.told_apart)": "one value cannot differ from itself",
+    "L)[:, -1], L, lam)": "one column",
 }
 
 SWAPS = {

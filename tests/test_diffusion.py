@@ -314,6 +314,16 @@ def test_equal_prompts_make_half_the_calls_and_the_same_numbers():
     assert torch.equal(a.latents, b.latents) and plain.samples == guided.samples == 2 * 4
 
 
+def test_a_rollout_is_guided_where_guidance_matters():
+    text, empty = torch.ones(2, 2, 3), torch.zeros(2, 2, 3)
+    kw = {"shape": (1, 2, 2), "steps": 4}
+    unet, wide = Counting(), condition(2, context=3 * text)  # empty + 3·(text − empty)
+    c = condition(2, context=text, empty=empty)
+    guided = rollout(unet, schedule(), c, generator=sample_generators(0, 0, [0, 1]), guidance=3.0, **kw)
+    direct = rollout(Counting(), schedule(), wide, generator=sample_generators(0, 0, [0, 1]), **kw)
+    assert unet.samples == 2 * 2 * 4 and torch.allclose(guided.latents, direct.latents, atol=1e-3)
+
+
 def test_inpainting_input_is_noisy_latent_then_mask_then_masked_picture():
     x, m, p = (torch.full((1, c, 2, 2), float(v)) for c, v in ((2, 1), (1, 2), (2, 3)))
     c = Condition(torch.zeros(1, 1, 1), mask=m, masked=p)

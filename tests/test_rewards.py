@@ -143,6 +143,7 @@ def test_trust_weight_is_equation_eleven_with_its_clamp():
     norm = T([0.0, 10.0, 40.0], dtype=DOUBLE)
     gamma = R.trust_weight(norm, 0.05, 0.7)
     assert gamma.tolist() == pytest.approx([math.exp(0.7), math.exp(0.2), math.exp(-1.3)])
+    assert R.trust_weight(T([200.0]), 0.05, 0.7).item() == pytest.approx(math.exp(-9.3))  # no clamp unless asked for
     assert R.trust_weight(norm, 0.05, 0.7, 1.0, 1.5).tolist() == pytest.approx([1.5, math.exp(0.2), 1.0])
 
 
@@ -229,6 +230,11 @@ def test_features_read_the_masked_picture_in_the_same_units():
     assert z[0].tolist() == pytest.approx([0.25, 0.5])
 
 
+def test_a_picture_without_a_hole_has_finite_features():
+    x = torch.rand(1, 3, 4, 4)
+    assert torch.equal(identity_tower(0, 1)(x, x, torch.zeros(1, 1, 4, 4)), torch.zeros(1, 2))
+
+
 def test_each_later_stage_sees_half_the_resolution():
     images = torch.full((1, 3, 4, 4), 0.5)
     images[0, 0, ::2, ::2] = 1.0  # the pixels that stride 2 keeps
@@ -275,6 +281,11 @@ def test_jpeg_size_is_in_kilobytes_and_noise_is_larger_than_a_flat_picture():
     buffer = io.BytesIO()
     Image.fromarray(np.full((32, 32, 3), 128, np.uint8)).save(buffer, "JPEG", quality=95)
     assert sizes[0].item() == pytest.approx(len(buffer.getvalue()) / 1000)
+    pixels, noisy = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8), io.BytesIO()
+    Image.fromarray(pixels).save(noisy, "JPEG", quality=95)
+    y = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    y = torch.where(y == 1, 1.4, y)  # beyond white is white
+    assert R.jpeg_size(y, scene_prompts(0, 0, 1)).item() == pytest.approx(len(noisy.getvalue()) / 1000)
 
 
 def test_gold_is_seven_for_the_truth_and_needs_the_true_scene():
@@ -331,7 +342,7 @@ def my_reward(images, batch):
 def test_a_reward_is_chosen_by_name():
     assert load("brightness") is R.brightness and load("jpeg_small") is R.jpeg_small and load("gold") is R.gold
     assert isinstance(load("model"), R.LearnedReward)
-    assert load("clip: red").text == "red"
+    assert load("clip: red").text == load("clip:red").text == "red"
     assert load(f"{__name__}:my_reward") is my_reward
     for name, message in (
         ("nonsense", "unknown; choose model, clip:TEXT, brightness"),
@@ -344,6 +355,13 @@ def test_a_reward_is_chosen_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             load(name)
+
+
+def test_a_module_beside_the_user_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_own_reward.py").write_text("def f(images, batch):\n    return images.mean((1, 2, 3))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [p for p in __import__("sys").path if p not in ("", str(tmp_path))])
+    assert load("my_own_reward:f").__name__ == "f"
 
 
 def test_a_weighted_sum_adds_its_terms_and_keeps_the_trust():
