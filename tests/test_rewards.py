@@ -284,7 +284,7 @@ def test_jpeg_size_is_in_kilobytes_and_noise_is_larger_than_a_flat_picture():
     pixels, noisy = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8), io.BytesIO()
     Image.fromarray(pixels).save(noisy, "JPEG", quality=95)
     y = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
-    y = torch.where(y == 1, 1.4, y)  # beyond white is white
+    y = torch.where(y == 1, 1.4, torch.where(y == 0, -0.3, y))  # beyond white is white, below black is black
     assert R.jpeg_size(y, scene_prompts(0, 0, 1)).item() == pytest.approx(len(noisy.getvalue()) / 1000)
 
 
