@@ -9,7 +9,6 @@ probable, each sample weighted by how far its reward can be trusted. The whole a
 from __future__ import annotations
 
 import copy
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from minipref.data.prompts import picture_prompts, scene_prompts
 from minipref.data.scenes import HELD_OUT_WORLD, RL_WORLD, SIZE, world
 from minipref.diffusion import Condition, Trajectory, ddim_mean, gaussian_log_prob, predict
 from minipref.evaluate import path_kl
+from minipref.guard import Guard
 from minipref.losses import advantages, clipped_surrogate, gaussian_kl
 from minipref.pipeline import Pipeline, Sampling, learned_reward
 from minipref.report import rl_curves, rl_grid
@@ -41,7 +41,7 @@ class RLConfig:
     data: str = opt("", "folder of your own pictures as prompts; empty: toy scenes")
     reward: str = opt(
         "model",
-        "model, clip:TEXT, brightness, jpeg_size, jpeg_small, gold, a sum 0.7*model+0.3*…, or pkg.module:function",
+        "model, model:RUN, clip:TEXT, brightness, jpeg_size, jpeg_small, gold, 0.7*model+0.3*…, or pkg.module:function",
     )
     out: str = opt("", "run folder; empty: runs/rl-small, or the next free name")
     seed: int = opt(0, "seed of prompts, noise and order", lo=0, hi=999_999)
@@ -65,6 +65,12 @@ class RLConfig:
     trust: bool = opt(True, "weight samples by gamma where the reward gives one (PrefPaint Eq. 12)")
     kl_weight: float = opt(
         0.0, "kappa, weight of the KL to the base model, per dimension (PrefPaint Eq. 1; its code: 0)", lo=0
+    )
+    guard: float = opt(
+        0.5,
+        "stop where the reward rose but the trusted share of completions fell below this part of its start; 0: never",
+        lo=0,
+        hi=1,
     )
     ema: float = opt(0.9, "decay per update of the averaged weights, which are evaluated and kept", lo=0, hi=0.9999)
     micro_batch: int = opt(64, "steps a backward pass: less memory, the same gradient", lo=1)
@@ -135,6 +141,8 @@ def main() -> None:
             row["eval_gold"] = float(gold(images, held_out.masks, held_out.scenes).label.mean())
         if "norm" in scores.parts:
             row |= metrics.quantiles(scores.parts["norm"], "eval_norm")
+        if "trusted" in scores.parts:
+            row["eval_trusted"] = float(scores.parts["trusted"].mean())
         return row
 
     def step_of(unet, path: Trajectory, condition: Condition, samples: Tensor, steps: Tensor):
@@ -146,7 +154,10 @@ def main() -> None:
         return mean, sigma, gaussian_log_prob(x_prev.float(), mean, sigma)
 
     first = look(0)
-    best = -math.inf
+    guard, stopped, kept = Guard(cfg.guard), None, copy.deepcopy(average.state_dict())
+    guard.start(first["eval_reward"], first.get("eval_trusted"))
+    meta = {"schedule": asdict(pipe.schedule.config), "base": pipe.fingerprint, "epoch": 0}
+    checkpoint.save(run.path / "best.pt", "unet", average.config, kept, meta=meta)
     run.log(epoch=0, **first, seconds=time.time() - started)
     print(f"{run.path}: reward {first['eval_reward']:.3f} before, on {len(held_out)} held-out prompts")
 
@@ -227,14 +238,22 @@ def main() -> None:
             row |= metrics.quantiles(scores.parts["norm"], "norm")
         if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
             row |= look(epoch)
-            meta = {"schedule": asdict(pipe.schedule.config), "base": pipe.fingerprint, "epoch": epoch}
-            for name in ["last.pt"] + (["best.pt"] if row["eval_reward"] > best else []):
+            meta["epoch"] = epoch
+            keep, stop = guard.look(row["eval_reward"], row.get("eval_trusted"))
+            for name in ["last.pt"] + (["best.pt"] if keep else []):
                 checkpoint.save(run.path / name, "unet", average.config, average.state_dict(), meta=meta)
-            best = max(best, row["eval_reward"])
+            kept = copy.deepcopy(average.state_dict()) if keep else kept
+            stopped = epoch if stop else None
         run.log(epoch=epoch, **row, seconds=time.time() - started)
         rl_curves(run)
         shown = {"reward": f"{row['reward']:.2f}", "kl": f"{row['kl']:.1f}", "clipped": f"{row['clip_fraction']:.0%}"}
         bar.set_postfix(shown | ({"gold": f"{row['eval_gold']:.2f}"} if "eval_gold" in row else {}), refresh=False)
+
+        if stopped:
+            average.load_state_dict(kept)
+            share = f"{row['eval_trusted']:.0%} of the held-out completions, from {first['eval_trusted']:.0%}"
+            print(f"stopped after epoch {stopped}: the reward rose, but is trusted on only {share}; best.pt counts")
+            break
 
     # 5. The final comparison: other held-out prompts, independent noise for the two models.
     judged = held_out_prompts(cfg.eval_prompts, cfg.win_prompts)
@@ -254,6 +273,8 @@ def main() -> None:
         "win_rate_ci": metrics.wilson_interval(wins, len(judged)),
         "judge": "gold" if true else "reward",
         "kl": float(path_kl(pipe, average, judged.select(slice(0, 64)), how, cfg.seed).mean()),
+        "stopped": stopped,
+        "judged": "best" if stopped else "last",
         "seconds": time.time() - started,
         "peak_memory_mb": peak_memory_mb(),
         "seed": cfg.seed,

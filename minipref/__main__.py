@@ -8,7 +8,8 @@ from importlib import import_module
 from .runtime.config import run_main
 
 COMMANDS = {
-    "pretrain": "the shipped weights from nothing: CLIP, UNet, reward model",
+    "pretrain": "the shipped base model from nothing: CLIP, UNet",
+    "check-data": "what a folder of pictures or ratings holds, and what is wrong where",
     "sample": "complete pictures, base beside aligned",
     "evaluate": "WinRate, rewards, KL and a grid of a run",
 }
@@ -18,11 +19,11 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print("usage: python -m minipref COMMAND [--help]\n")
-        print("\n".join(f"  {k:10s} {v}" for k, v in COMMANDS.items()))
+        print("\n".join(f"  {k:11s} {v}" for k, v in COMMANDS.items()))
         return
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}; choose from {', '.join(COMMANDS)}")
-    import_module(f"minipref.{name}").main(sys.argv[2:])
+    import_module(f"minipref.{name.replace('-', '_')}").main(sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +13,14 @@ from . import metrics
 from .data.annotator import gold
 from .data.folders import read_folder, split_pictures
 from .data.prompts import Prompts, picture_prompts, scene_prompts
+from .data.ratings import Ratings, denormalise, normalise
 from .data.scenes import HELD_OUT_WORLD, SIZE, world
 from .diffusion import ddim_mean, predict
 from .losses import gaussian_kl
 from .models.unet import UNet
 from .pipeline import Pipeline, Sampling, learned_reward, load_unet
 from .report import rl_grid
-from .rewards import CheckedReward, load_reward
-from .runtime import checkpoint
+from .rewards import CheckedReward, LearnedReward, load_reward
 from .runtime.checkpoint import atomic_write
 from .runtime.config import opt, parse
 from .runtime.runlog import progress, read_run
@@ -28,7 +29,9 @@ from .runtime.runlog import progress, read_run
 @dataclass(frozen=True)
 class EvaluateConfig:
     run: str = opt("", "run folder of train_rl.py")
-    checkpoint: str = opt("last", "which weights of the run", choices=("last", "best"))
+    checkpoint: str = opt(
+        "", "last, best, or empty: the weights that the run was judged by", choices=("", "last", "best")
+    )
     prompts: int = opt(512, "held-out prompts, beyond those of the run's curves", lo=8)
     best_of: int = opt(10, "S, the most samples a prompt", lo=1)
     steps: int = opt(0, "DDIM steps; 0: those of the run", lo=0)
@@ -38,21 +41,29 @@ class EvaluateConfig:
 
 
 def load_run(folder: str, which: str, device: str) -> tuple[dict, Pipeline, UNet]:
-    """-> a run's configuration, the base model's pipeline, and the aligned UNet."""
+    """-> a run's configuration, the base model's pipeline, and the aligned UNet: last, best, or (which "") the one that
+    its summary was judged by."""
     if not folder:
         raise ValueError("--run is missing: the folder that train_rl.py wrote, such as runs/rl-small")
-    config, path = read_run(folder), Path(folder) / f"{which}.pt"
+    config = read_run(folder)
+    path = Path(folder) / f"{which or judged_by(folder)}.pt"
     if missing := {"weights", "data", "reward", "seed", "held_out", "eval_prompts", "steps", "eta"} - set(config):
         raise ValueError(
             f"{Path(folder) / 'config.json'}: no run of train_rl.py, it lacks {', '.join(sorted(missing))}"
         )
     pipe = Pipeline.load(config.get("weights"), device)
-    aligned, _ = load_unet(path)
-    if checkpoint.load(path, "unet")[2].get("base") != pipe.fingerprint:
+    aligned, _, meta = load_unet(path)
+    if meta.get("base") != pipe.fingerprint:
         raise ValueError(f"{path}: was aligned from another base model than {config['weights'] or 'the shipped one'}")
     if aligned.config != pipe.unet.config:
         raise ValueError(f"{path}: its UNet is configured differently from the base model's ({pipe.unet.config})")
     return config, pipe, aligned.to(memory_format=torch.channels_last).to(pipe.device)  # type: ignore[call-overload]
+
+
+def judged_by(folder: str | Path) -> str:
+    """Which weights a run's summary speaks of: "best" where the guard has stopped it, else "last"."""
+    path = Path(folder) / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("judged", "last") if path.is_file() else "last"
 
 
 def run_prompts(config: dict, start: int, count: int) -> Prompts:
@@ -95,6 +106,54 @@ def table(judge: str, base: Tensor, rival: Tensor, aligned: Tensor, sizes: list[
     return lines
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A model on ratings that it has never seen, (N,) each, in units of the normalised label."""
+
+    guess: Tensor
+    truth: Tensor  # the noise-free label where it is known, else the raters' mean
+    single: Tensor  # the first rater alone
+    norm: Tensor
+    gamma: Tensor
+    figures: dict
+
+
+def judge_reward(model: LearnedReward, r: Ratings, delta: float) -> Judged:
+    """How good a reward model is on ratings that it has never seen, and how well it knows its own error."""
+    norms, strata = model.calibration.label_norms, r.strata
+    scores, z = model(r.images, r.prompts), model.z(r.images, r.prompts)
+    guess, truth = model.ridge(z), r.labels if r.truth is None else r.truth
+    y, single = (normalise(x.double(), strata, norms) for x in (truth, r.raters[:, 0]))
+    bound, norm, error = model.bound(z, delta), scores.parts["norm"], (guess - y).abs()
+    on_scale = denormalise(guess, strata, norms)  # 1 to 7 again, as the raters speak
+    assert scores.trust is not None
+    figures = {
+        "spearman": metrics.spearman(on_scale, truth),
+        "within_prompt_correlation": metrics.within_prompt_correlation(guess, y, r.groups),
+        "r2": metrics.r_squared(on_scale, truth),
+        "pair_accuracy": metrics.pair_accuracy(guess, y, r.groups),
+        "mean_error_on_scale": float((on_scale - truth).abs().mean()),
+        "bound_coverage": float((error <= bound).double().mean()),
+        "bound_coverage_single_rating": float(((guess - single).abs() <= bound).double().mean()),
+        "bound_median": float(bound.median()),
+        "error_median": float(error.median()),
+        "norm_error_spearman": metrics.spearman(norm, error),
+        "trusted_share": float(scores.parts["trusted"].mean()),
+        **metrics.quantiles(scores.trust, "gamma"),
+    }
+    return Judged(guess, y, single, norm, scores.trust, figures)
+
+
+def policy_gammas(
+    unets: dict[str, UNet], pipe: Pipeline, model: LearnedReward, how: Sampling, seed: int
+) -> dict[str, Tensor]:
+    """gamma (N,) on completions of held-out prompts by the base model and by each run's policy."""
+    prompts = scene_prompts(world(HELD_OUT_WORLD, seed), 0, 128)
+    policies = {"base": pipe.unet} | {Path(k).name: u for k, u in unets.items()}
+    scored = {k: model(pipe.complete(u, prompts, how, seed=seed, epoch=1), prompts) for k, u in policies.items()}
+    return {k: s.trust for k, s in scored.items() if s.trust is not None}
+
+
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(EvaluateConfig, argv, prog="minipref evaluate", description=__doc__ or "")
     if cfg.threads:
@@ -119,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     results = [judged(unet, round) for unet, round in progress(jobs, "samples")]
     sizes = [s for s in (1, 3, 10) if s <= cfg.best_of]
-    lines = [f"# {cfg.run}, {cfg.checkpoint}.pt", ""]
+    lines = [f"# {cfg.run}, {cfg.checkpoint or judged_by(cfg.run)}.pt", ""]
     lines += [
         f"{cfg.prompts} held-out prompts, {how.steps} steps, eta {how.eta:g}, seed {seed}, independent noise.",
         "",

@@ -9,6 +9,7 @@ r          probability ratio exp(log_prob − log_prob_old): the joint ratio to 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,6 +23,16 @@ def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error per sample in the network's own prediction space: (B, …) -> (B,)  (Ho et al. 2020, Eq. 14)."""
     _same_shape("denoising_loss", prediction=prediction, target=target)
     return (prediction - target).square().flatten(1).mean(1)
+
+
+def bradley_terry_loss(scores: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
+    """−log sigmoid(score of the better − score of the worse), averaged over a prompt's pairs that differ in label.
+
+    scores, labels, groups (B,) -> a number; 0 where no prompt has two different labels (Bradley and Terry 1952).
+    """
+    _same_shape("bradley_terry_loss", scores=scores, labels=labels, groups=groups)
+    better, worse = ((groups[:, None] == groups[None]) & (labels[:, None] > labels[None])).nonzero(as_tuple=True)
+    return -F.logsigmoid(scores[better] - scores[worse]).sum() / max(1, len(better))
 
 
 def advantages(rewards: Tensor, groups: Tensor, *, eps: float = 1e-7, clip: float = 10.0) -> Tensor:

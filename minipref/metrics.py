@@ -64,6 +64,16 @@ def within_prompt_correlation(x: Tensor, y: Tensor, groups: Tensor) -> float:
     return _pearson(_centred(x, groups), _centred(y, groups))
 
 
+def pair_accuracy(guess: Tensor, truth: Tensor, groups: Tensor) -> float:
+    """Share of the pairs of one prompt, of different truth, that the guess puts in the right order; ties count ½.
+
+    guess, truth, groups (N,); NaN without such pairs.
+    """
+    i, j = ((groups[:, None] == groups[None]) & (truth[:, None] > truth[None])).nonzero(as_tuple=True)
+    right = (guess[i] > guess[j]).double() + 0.5 * (guess[i] == guess[j]).double()
+    return float(right.mean()) if len(i) else math.nan
+
+
 def within_prompt_std(x: Tensor, groups: Tensor) -> float:
     """Root mean square distance of x (N,) from its prompt's mean: the spread that selection works on."""
     return float(_centred(x, groups).square().mean().sqrt())

@@ -34,8 +34,8 @@ def load_clip(path: str | Path) -> tuple[CLIP, WordTokenizer]:
     return clip, WordTokenizer(meta["words"])
 
 
-def load_unet(path: str | Path) -> tuple[UNet, Schedule]:
-    """-> UNet in eval mode, and the noise schedule that it was trained with."""
+def load_unet(path: str | Path) -> tuple[UNet, Schedule, dict]:
+    """-> UNet in eval mode, the noise schedule that it was trained with, and what else its file says."""
     config, state, meta = checkpoint.load(path, "unet")
     try:
         schedule = Schedule(ScheduleConfig(**meta["schedule"]))
@@ -43,7 +43,7 @@ def load_unet(path: str | Path) -> tuple[UNet, Schedule]:
         raise ValueError(f"{path}: does not say which noise schedule its UNet was trained with ({e})") from None
     unet = checkpoint.build(UNetConfig, UNet, config, state, path)
     assert isinstance(unet, UNet)
-    return unet, schedule
+    return unet, schedule, meta
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Pipeline:
             raise FileNotFoundError(
                 f"{folder}: no such folder of weights; `python -m minipref pretrain --small` makes one"
             )
-        unet, schedule = load_unet(folder / "unet.pt")
+        unet, schedule, _ = load_unet(folder / "unet.pt")
         clip, tokenizer = load_clip(folder / "clip.pt")
         c, codec = unet.config, SMALL_CODEC
         expected = 2 * codec.channels + codec.mask_channels, codec.channels, clip.config.text_hidden_size

@@ -6,9 +6,9 @@ from .data.scenes import SIZE, WORDS
 from .diffusion import ScheduleConfig
 from .models.clip import CLIPConfig
 from .models.codec import SpaceToDepth
+from .models.reward_features import FeatureConfig
 from .models.tokenizer import EOS, WordTokenizer
 from .models.unet import UNetConfig
-from .rewards import FeatureConfig
 
 
 def small_tokenizer() -> WordTokenizer:

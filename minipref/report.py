@@ -33,6 +33,52 @@ def gold_sheet(path: Path, images: Tensor, gold: Tensor, rows: int = 8, columns:
     save(grid([(f"gold {gold[r].max():.1f} to {gold[r].min():.1f}", images[r]) for r in chosen], cell=96), path)
 
 
+def reward_pictures(folder: Path, model, rated, judged, kind: str, delta: float, gammas: dict[str, Tensor]) -> None:
+    """bound.png (errors under their bound, coverage, trust weights) and trust.png of a reward model.
+
+    model: LearnedReward; rated (N,) and judged, on prompts that it has never seen, against `kind` (gold or ratings);
+    gammas: trust weights by policy.
+    """
+    norm, error = judged.norm.double(), (judged.guess - judged.truth).abs()
+    ends = torch.tensor([float(norm.min()), float(norm.max())], dtype=torch.float64)
+    names = {kind: (judged.guess - judged.truth).abs(), "one rater": (judged.guess - judged.single).abs()}
+    deltas = [0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01]
+    coverage = [
+        Series(k, [1 - d for d in deltas], [float((e <= model.bound_factor(d) * norm).double().mean()) for d in deltas])
+        for k, e in names.items()
+    ]
+    share = [(i + 0.5) / 100 for i in range(100)]
+    panels = [
+        Panel(
+            "Errors and their bound",
+            "norm of z in V^-1",
+            f"|error| against {kind}, normalised",
+            [
+                Series("one completion", norm, error.clamp(min=1e-4), points=True),
+                Series(f"bound, 1 - delta = {1 - delta:g}", ends, model.bound_factor(delta) * ends),
+            ],
+            y_log=True,
+        ),
+        Panel(
+            "How often the bound holds",
+            "1 - delta",
+            "share of errors under the bound",
+            coverage + [Series("1 - delta", [0.5, 0.99], [0.5, 0.99])],
+        ),
+    ]
+    if gammas:
+        lines = [Series(k, [float(g.double().quantile(q)) for q in share], share) for k, g in gammas.items()]
+        panels.append(Panel("Trust weight by policy", "gamma", "share of completions below", lines))
+    curves(panels, folder / "bound.png")
+    order = judged.norm.argsort()
+    rows = []
+    for name, at in (("most trusted", order[:SHOWN]), ("least trusted", order.flip(0)[:SHOWN])):
+        rows.append((f"{name}: prompt", rated.prompts.masked[at]))
+        lo, hi = float(judged.gamma[at].min()), float(judged.gamma[at].max())
+        rows.append((f"completion, gamma {lo:.2g} to {hi:.2g}", rated.images[at]))
+    save(grid(rows, cell=96), folder / "trust.png")
+
+
 def _band(run: RunFolder, name: str, label: str) -> list[Series]:
     """A quantity's median with its 10–90 % band."""
     x, mid = run.column(f"{name}_q50")
@@ -62,6 +108,7 @@ def rl_curves(run: RunFolder) -> None:
             [line("within_prompt_std", "reward, std"), line("diversity", "pixels, mean abs. difference")],
         ),
         Panel("Trust weight, 10-50-90 %", "epoch", "gamma", _band(run, "gamma", "training")),
+        Panel("Trusted completions", "epoch", "share under the 99 % norm", [line("eval_trusted", "held out")]),
     ]
     kept = [p for p in panels if any(s.x for s in p.series)]
     if kept:

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from .data import annotator
 from .data.prompts import Prompts
+from .models.reward_features import ClipFeatureConfig, ClipFeatures, FeatureConfig, RewardFeatures
 from .runtime import checkpoint
 
 
@@ -44,6 +44,7 @@ class Scores:
 
 
 Reward = Callable[[Tensor, Prompts], "Tensor | Scores"]
+SCORED_AT_ONCE = 256  # pictures a pass of the reward features: bounds the memory, changes no score
 
 
 # ------------------------------------------------------------------------------------------------ ridge and trust
@@ -80,6 +81,23 @@ class Ridge:
         """log( det(V) / det(lam·I) ), from the Cholesky factor (PrefPaint Eq. 8)."""
         return float(2 * self.V_cholesky.diagonal().log().sum() - len(self.psi) * math.log(self.lam))
 
+    def left_out_norm(self, norm: Tensor) -> Tensor:
+        """The norms that training features would have had, had V not held them: n/sqrt(1 − n²), (N,) -> (N,).
+
+        In-sample n² is a leverage, always below 1 and smaller than that of a fresh feature of the same kind; new
+        pictures must be compared with what is said of fresh ones (Sherman–Morrison).
+        """
+        return norm / (1 - norm.square()).clamp(min=1e-12).sqrt()
+
+    def noise_from_residuals(self, Z: Tensor, y: Tensor) -> float:
+        """s, estimated by the training residuals: s² = ‖y − Z psi_hat‖² / trace((I − H)²), H = Z V⁻¹ Zᵀ.
+
+        It holds all that zᵀpsi_* does not explain, the raters' noise and the misfit of a linear model alike.
+        """
+        shrunk = 1 - self.lam / torch.linalg.eigvalsh(self.V_cholesky @ self.V_cholesky.T)  # eigenvalues of H
+        freedom = len(y) - 2 * float(shrunk.sum()) + float(shrunk.square().sum())
+        return math.sqrt(float((self(Z) - y.double()).square().sum()) / freedom)
+
     def bound_factor(self, delta: float, noise_scale: float, psi_norm: float) -> float:
         """C_bound: with probability ≥ 1 − delta every error is at most C_bound·‖z‖_V⁻¹ (PrefPaint Eqs. 8–10).
 
@@ -101,6 +119,8 @@ def ridge_fit(Z: Tensor, y: Tensor, lam: float) -> Ridge:
         raise ValueError(f"ridge_fit: Z is {tuple(Z.shape)} and y {tuple(y.shape)}, expected (N, d) and (N,)")
     if not lam > 0:
         raise ValueError(f"ridge_fit: lam={lam}; a positive penalty keeps V invertible")
+    if not (torch.isfinite(Z).all() and torch.isfinite(y).all()):
+        raise ValueError("ridge_fit: features or labels are not finite; the features have diverged (lower --lr)")
     Z, y = Z.double(), y.double()
     V = Z.T @ Z + lam * torch.eye(Z.shape[1], dtype=torch.float64, device=Z.device)
     L = torch.linalg.cholesky(V)
@@ -113,81 +133,94 @@ def trust_weight(norm: Tensor, k: float, b: float, lo: float = 0.0, hi: float = 
 
 
 def trust_from_quantiles(norms: Tensor) -> tuple[float, float]:
-    """k and b that make gamma 1 at the training norms' median and ½ at their 95th percentile.
+    """k and b that make gamma 1 at the norms' median and ½ at their 95th percentile; norms without spread give gamma 1.
 
-    Differs from the paper: its k = 0.05 belongs to the scale of its own norm; with the theorem's norm it would make
-    gamma constant.
+    Give it the training features' left-out norms. Differs from the paper: its k = 0.05 belongs to the scale of its own
+    norm; with the theorem's norm it would make gamma constant.
     """
     median, high = (float(norms.double().quantile(q)) for q in (0.5, 0.95))
-    k = math.log(2) / max(high - median, 1e-12)
+    if high - median <= 1e-6 * abs(median):
+        return 0.0, 0.0
+    k = math.log(2) / (high - median)
     return k, k * median
 
 
 # ------------------------------------------------------------------------------------------------ the learned reward
 
 
+TOWERS: dict[str, tuple[type, type]] = {
+    "conv": (FeatureConfig, RewardFeatures),
+    "clip": (ClipFeatureConfig, ClipFeatures),
+}
+
+
 @dataclass(frozen=True)
-class FeatureConfig:
-    widths: tuple[int, ...]  # channels at full, half, quarter … resolution
-    dim: int  # d, the length of z (PrefPaint: 256)
+class Calibration:
+    """What a reward model knows of itself beside psi and V."""
+
+    k: float  # trust weight gamma = exp(−k·‖z‖_V⁻¹ + b), clamped to [lo, hi]
+    b: float
+    lo: float = 0.0
+    hi: float = math.inf
+    norm_kind: str = "theorem"  # the norm that gamma takes; the paper's constants belong to "paper"
+    norm_quantiles: dict[str, float] = field(default_factory=dict)  # of the left-out training norms, by probability
+    label_norms: dict[str, tuple[float, float]] = field(default_factory=dict)  # (mean, spread) by source/mask kind
+    noise_scale: float = math.nan  # s, of one training label, in normalised units: an assumption of the bound
+    psi_norm: float = math.nan  # ‖psi_*‖₂: an assumption; ‖psi_hat‖₂ where nothing better is known
 
 
-class RewardFeatures(nn.Module):
-    """(completion, masked picture, mask) -> z. PrefPaint's inputs, in a convolutional tower that small pictures need.
-
-    The first convolution runs at full resolution, nothing is normalised, and mean *and* maximum over the hole are kept
-    at three depths: with normalisation or means alone, texture does not reach z.
-    """
-
-    def __init__(self, config: FeatureConfig):
-        super().__init__()
-        self.config = config
-        c_in, stages = 7, []
-        for i, c in enumerate(config.widths):
-            first = nn.Conv2d(c_in, c, 3, stride=1 if i == 0 else 2, padding=1)
-            stages.append(nn.Sequential(first, nn.ReLU(), nn.Conv2d(c, c, 3, padding=1), nn.ReLU()))
-            c_in = c
-        self.stages = nn.ModuleList(stages)
-        self.project = nn.Linear(2 * sum(config.widths), config.dim)
-
-    def forward(self, images: Tensor, masked: Tensor, masks: Tensor) -> Tensor:
-        """images, masked (B, 3, H, W) in [0, 1], masks (B, 1, H, W) -> (B, d)."""
-        h, hole, pooled = torch.cat([images * 2 - 1, masked * 2 - 1, masks], dim=1), masks, []
-        for stage in self.stages:
-            h = stage(h)
-            hole = F.adaptive_max_pool2d(hole, h.shape[-2:])
-            pooled.append((h * hole).sum((2, 3)) / hole.sum((2, 3)).clamp(min=1))
-            pooled.append((h * hole).amax((2, 3)))  # h ≥ 0, so what lies outside cannot win
-        return self.project(torch.cat(pooled, dim=1))
+@torch.no_grad()
+def features_of(features: nn.Module, images: Tensor, batch: Prompts) -> Tensor:
+    """z (B, d) on the CPU of completions (B, 3, H, W). Scoring is always done in eval mode."""
+    device = next(features.parameters()).device
+    parts = (x.to(device).split(SCORED_AT_ONCE) for x in (images, batch.masked, batch.masks))
+    return torch.cat([features.eval()(*x) for x in zip(*parts)]).cpu()
 
 
 class LearnedReward(nn.Module):
-    """R(x) = <F(x), psi_hat> with its trust weight (PrefPaint Sections 3–4). Always in eval mode."""
+    """R(x) = <F(x), psi_hat> with its error bound and trust weight (PrefPaint Sections 3–4). Always in eval mode."""
 
-    def __init__(self, features: RewardFeatures, ridge: Ridge, k: float, b: float, norm_quantiles: dict[str, float]):
+    def __init__(self, features: Any, ridge: Ridge, calibration: Calibration):
         super().__init__()
-        self.features = features.eval().requires_grad_(False)
-        self.ridge, self.k, self.b, self.norm_quantiles = ridge, k, b, norm_quantiles
+        self.features: Any = features.eval().requires_grad_(False)
+        self.ridge, self.calibration = ridge, calibration
 
     def train(self, mode: bool = True):
         return super().train(False)  # scores never depend on a mode
 
-    @torch.no_grad()
     def z(self, images: Tensor, batch: Prompts) -> Tensor:
-        device = next(self.features.parameters()).device
-        return self.features(images.to(device), batch.masked.to(device), batch.masks.to(device))
+        return features_of(self.features, images, batch)
 
     def forward(self, images: Tensor, batch: Prompts) -> Scores:
-        z = self.z(images, batch).cpu()
+        """Scores whose parts are `norm`, ‖z‖_V⁻¹, and `trusted`, 1 where it lies under the training norms' 99 %."""
+        z, c = self.z(images, batch), self.calibration
         norm = self.ridge.norm(z)
-        gamma = trust_weight(norm, self.k, self.b)
-        return Scores(self.ridge(z).float(), gamma.float(), {"norm": norm.float()})
+        gamma = trust_weight(self.ridge.norm(z, c.norm_kind), c.k, c.b, c.lo, c.hi)
+        parts = {"norm": norm.float(), "trusted": (norm <= c.norm_quantiles["0.99"]).float()}
+        return Scores(self.ridge(z).float(), gamma.float(), parts)
+
+    def bound_factor(self, delta: float) -> float:
+        """C_bound(delta) under the `assumptions`, in units of the normalised label. Errors are distances to zᵀpsi_*."""
+        return self.ridge.bound_factor(delta, self.calibration.noise_scale, self.calibration.psi_norm)
+
+    def bound(self, z: Tensor, delta: float) -> Tensor:
+        """C_bound(delta)·‖z‖_V⁻¹: (B, d) -> (B,)."""
+        return self.bound_factor(delta) * self.ridge.norm(z)
+
+    def assumptions(self) -> str:
+        """What every bound of this model rests on, in one line."""
+        c = self.calibration
+        return (
+            f"the bound assumes labels = zᵀpsi_* + noise, sub-Gaussian with scale {c.noise_scale:.3g} and independent "
+            f"of the features, and ‖psi_*‖₂ = {c.psi_norm:.3g}"
+        )
 
     def save(self, path: str | Path, meta: dict) -> None:
+        tower = next(name for name, (_, model) in TOWERS.items() if isinstance(self.features, model))
         state = {f"features.{k}": v for k, v in self.features.state_dict().items()}
         state |= {"psi": self.ridge.psi, "V_cholesky": self.ridge.V_cholesky}  # float64 stays float64
-        config = {"features": asdict(self.features.config), "lam": self.ridge.lam, "k": self.k, "b": self.b}
-        config["norm_quantiles"] = self.norm_quantiles
+        config = {"tower": tower, "features": asdict(self.features.config), "lam": self.ridge.lam}
+        config |= {"calibration": asdict(self.calibration)}
         checkpoint.save(path, "reward", config, state, dtype=torch.float16, meta=meta)
 
     @staticmethod
@@ -196,11 +229,11 @@ class LearnedReward(nn.Module):
         own = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
         try:
             ridge = Ridge(state["psi"], state["V_cholesky"], config["lam"])
-            parts = config["features"], config["k"], config["b"], config["norm_quantiles"]
-        except KeyError as e:
-            raise ValueError(f"{path}: not a whole reward model, it lacks {e}") from None
-        features = checkpoint.build(FeatureConfig, RewardFeatures, parts[0], own, path)
-        return LearnedReward(features, ridge, *parts[1:])  # type: ignore[arg-type]
+            kinds, values = TOWERS[config["tower"]], config["features"]
+            calibration = Calibration(**config["calibration"])
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"{path}: not a whole reward model ({type(e).__name__}: {e})") from None
+        return LearnedReward(checkpoint.build(*kinds, values, own, path), ridge, calibration)
 
 
 # ------------------------------------------------------------------------------------------------ built-in rewards
@@ -260,20 +293,23 @@ BUILT_IN: dict[str, Reward] = {
 
 
 def load_reward(name: str, learned: Callable[[], Reward], clip: Callable[[], tuple[Any, Any]]) -> Reward:
-    """The reward that `--reward` names: "model" (the trained one), "clip:TEXT", a built-in, a weighted
-    sum such as "0.7*model+0.3*brightness", or "package.module:function"."""
+    """The reward that `--reward` names: "model" (the trained one), "model:RUN" (of a run of train_reward.py),
+    "clip:TEXT", a built-in, a weighted sum such as "0.7*model+0.3*brightness", or "package.module:function"."""
     terms = [t.strip() for t in name.split("+")]
     if len(terms) > 1 or "*" in name:
         return _weighted_sum(terms, lambda n: load_reward(n, learned, clip))
     if name == "model":
         return learned()
+    if name.startswith("model:"):
+        path = Path(name[6:].strip())
+        return LearnedReward.load(path / "reward.pt" if path.is_dir() else path)
     if name.startswith("clip:"):
         encoder, tokenizer = clip()
         return ClipReward(encoder, tokenizer, name[5:].strip())
     if name in BUILT_IN:
         return BUILT_IN[name]
     if ":" not in name:
-        known = ", ".join(["model", "clip:TEXT", *BUILT_IN])
+        known = ", ".join(["model", "model:RUN", "clip:TEXT", *BUILT_IN])
         raise ValueError(f"--reward {name}: unknown; choose {known}, or yours as package.module:function")
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:  # a script's own folder is on the path, the user's is not

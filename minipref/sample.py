@@ -25,7 +25,9 @@ from .runtime.draw import grid, save, to_image
 @dataclass(frozen=True)
 class SampleConfig:
     run: str = opt("", "run folder of train_rl.py; empty: the base model alone")
-    checkpoint: str = opt("last", "which weights of the run", choices=("last", "best"))
+    checkpoint: str = opt(
+        "", "last, best, or empty: the weights that the run was judged by", choices=("", "last", "best")
+    )
     image: str = opt("", "a picture to complete; empty: held-out prompts of the run")
     mask: str = opt("", "its mask: equally large, white = hole")
     prompt: str = opt("", "text condition; inpainting works without")

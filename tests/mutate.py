@@ -21,7 +21,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ["diffusion.py", "rewards.py", "losses.py", "metrics.py"]
+TESTS = {  # the tests that know a file best come first
+    "diffusion.py": ["test_diffusion.py", "test_rollout.py"],
+    "rewards.py": ["test_bound.py", "test_reward_model.py", "test_rewards.py"],
+    "losses.py": ["test_losses.py"],
+    "metrics.py": ["test_metrics.py"],
+}
+FILES = list(TESTS)
 TIMEOUT = 120  # seconds; a mutant that hangs is killed
 
 # Mutants that no test can kill, because they change nothing: what their new line contains, and why.
@@ -125,6 +131,14 @@ def mutations(tree: ast.AST):
             yield node, "attr", NAMES[node.attr]
 
 
+def inside(tree: ast.AST, index: int, names: list[str]) -> bool:
+    """Whether mutation `index` lies in a function or class of one of these names."""
+    node = list(mutations(tree))[index][0]
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    homes = [s for s in ast.walk(tree) if isinstance(s, kinds) and s.name in names]
+    return any(n is node for s in homes for n in ast.walk(s))
+
+
 def apply(tree: ast.AST, index: int) -> tuple[str, str, int]:
     """Changes mutation `index` in the tree. -> old and new line of code, line number."""
     node, field, value = list(mutations(tree))[index]
@@ -176,6 +190,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", nargs="*", default=FILES)
     parser.add_argument("--within", default="", help="only mutants whose line of code contains this text")
+    parser.add_argument("--defs", nargs="*", help="only mutants in the functions and classes of these names")
     args = parser.parse_args()
 
     import numpy  # noqa: F401  loaded once, before the processes are forked
@@ -185,6 +200,8 @@ def main() -> int:
     torch.set_num_threads(1)
     trees = {f: ast.parse((ROOT / "minipref" / f).read_text(encoding="utf-8")) for f in args.files}
     every = [(f, i) for f, tree in trees.items() for i in range(len(list(mutations(tree))))]
+    if args.defs:
+        every = [(f, i) for f, i in every if inside(trees[f], i, args.defs)]
     if args.within:
         every = [(f, i) for f, i in every if args.within in apply(copy.deepcopy(trees[f]), i)[0]]
     chosen = sorted(random.Random(args.seed).sample(every, min(args.count, len(every))))
@@ -195,16 +212,16 @@ def main() -> int:
         shutil.copytree(ROOT / "minipref", Path(folder) / "minipref", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
-        order = {f: f"tests/test_{Path(f).stem}.py" for f in FILES}
+        order = {f: [f"tests/{name}" for name in names] for f, names in TESTS.items()}
         for number, (file, index) in enumerate([(None, None), *chosen]):
             if file:
                 tree = copy.deepcopy(trees[file])
                 old, new, line = apply(tree, index)
                 (Path(folder) / "minipref" / file).write_text(ast.unparse(tree), encoding="utf-8")
-            own = [order[file]] if file else []
+            own = order[file] if file else []
             results = context.Queue()
             process = context.Process(
-                target=run, args=(folder, own + [t for t in order.values() if t not in own], results)
+                target=run, args=(folder, own + [t for ts in order.values() for t in ts if t not in own], results)
             )
             process.start()
             process.join(TIMEOUT)

@@ -64,7 +64,9 @@ def test_only_the_core_dependencies_are_imported():
 
 CONFIGS = {
     "train_rl": "RLConfig",
+    "train_reward": "RewardConfig",
     "minipref.pretrain": "PretrainConfig",
+    "minipref.check_data": "CheckConfig",
     "minipref.sample": "SampleConfig",
     "minipref.evaluate": "EvaluateConfig",
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minipref.diffusion import Schedule, ScheduleConfig, ddim_mean, gaussian_log_prob
-from minipref.losses import advantages, clipped_surrogate, denoising_loss, gaussian_kl
+from minipref.losses import advantages, bradley_terry_loss, clipped_surrogate, denoising_loss, gaussian_kl
 
 N = 100  # dimensions in these examples
 T = torch.tensor
@@ -234,3 +234,24 @@ def test_raising_the_probability_of_good_samples_raises_the_expected_reward():
         theta = (theta - 0.3 * torch.autograd.grad(loss, moved)[0]).detach()
     end = reward(sampled(policy, theta, 20_000, 99)[1][:, -1])
     assert end.mean() - start > 0.5 * start.abs()  # the same 20,000 noises before and after
+
+
+# ------------------------------------------------------------------------------------------------ pairs of a prompt
+
+
+def test_bradley_terry_loss_is_the_mean_over_a_prompts_pairs():
+    """Prompt 0: labels 3 > 1 = 1, so two pairs; prompt 1: one pair; none across prompts."""
+    scores = torch.tensor([2.0, 0.5, -1.0, 4.0, 5.0], dtype=torch.float64)
+    labels, groups = torch.tensor([3.0, 1.0, 1.0, 2.0, 7.0]).double(), torch.tensor([0, 0, 0, 1, 1])
+    pairs = [2.0 - 0.5, 2.0 + 1.0, 5.0 - 4.0]
+    expected = sum(math.log(1 + math.exp(-d)) for d in pairs) / 3
+    assert bradley_terry_loss(scores, labels, groups).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_bradley_terry_loss_of_no_pair_is_nothing_and_keeps_its_gradient():
+    scores = torch.zeros(3, requires_grad=True)
+    loss = bradley_terry_loss(scores, torch.ones(3), torch.tensor([0, 0, 1]))
+    loss.backward()
+    assert loss.item() == 0 and scores.grad.tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="bradley_terry_loss: shapes differ"):
+        bradley_terry_loss(scores, torch.ones(2), torch.zeros(3))

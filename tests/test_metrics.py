@@ -107,3 +107,11 @@ def test_diversity_is_the_mean_difference_over_the_hole_between_samples_of_a_pro
 def test_quantiles_are_named_by_percent():
     q = M.quantiles(torch.arange(101.0), "norm")
     assert q == pytest.approx({"norm_q10": 10, "norm_q50": 50, "norm_q90": 90})
+
+
+def test_pair_accuracy_counts_pairs_of_a_prompt_and_ties_of_the_guess_half():
+    """Prompt 0: 3 > 2 right, 3 > 1 tied, 2 > 1 wrong; prompt 1: equal truth, no pair; nothing across prompts."""
+    guess, truth = torch.tensor([5.0, 1.0, 5.0, 0.0, 9.0]), torch.tensor([3.0, 2.0, 1.0, 4.0, 4.0])
+    assert M.pair_accuracy(guess, truth, torch.tensor([0, 0, 0, 1, 1])) == pytest.approx(1.5 / 3)
+    assert M.pair_accuracy(truth, truth, torch.tensor([0, 0, 0, 1, 1])) == 1
+    assert math.isnan(M.pair_accuracy(guess, truth, torch.arange(5)))

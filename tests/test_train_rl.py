@@ -60,7 +60,8 @@ def run(tmp_path_factory):
 def test_a_run_leaves_the_folder_that_its_documentation_promises(run):
     folder, summary = run
     expected = (
-        "reward_before reward_after gold_before gold_after win_rate win_rate_ci judge kl seconds peak_memory_mb seed"
+        "reward_before reward_after gold_before gold_after win_rate win_rate_ci judge kl stopped judged "
+        "seconds peak_memory_mb seed"
     )
     assert list(summary) == expected.split() and summary["judge"] == "gold"
     lo, hi = summary["win_rate_ci"]

@@ -1,0 +1,121 @@
+"""Feature extractors of the reward model: (completion, masked picture, mask) -> z, behind one interface.
+
+PrefPaint's is a CLIP image tower with a small head; small pictures need the convolutional tower, which looks at single
+pixels. Both are called as `features(images, masked, masks)` and carry their `config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .clip import CLIP, CLIPConfig, VisionTower
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """The convolutional tower."""
+
+    widths: tuple[int, ...]  # channels at full, half, quarter … resolution
+    dim: int  # d, the length of z (PrefPaint: 256)
+
+
+class RewardFeatures(nn.Module):
+    """A convolutional tower.
+
+    The first convolution runs at full resolution, nothing is normalised, and mean *and* maximum over the hole are kept
+    at every depth: with normalisation or means alone, texture does not reach z.
+    """
+
+    def __init__(self, config: FeatureConfig):
+        super().__init__()
+        self.config = config
+        c_in, stages = 7, []
+        for i, c in enumerate(config.widths):
+            first = nn.Conv2d(c_in, c, 3, stride=1 if i == 0 else 2, padding=1)
+            stages.append(nn.Sequential(first, nn.ReLU(), nn.Conv2d(c, c, 3, padding=1), nn.ReLU()))
+            c_in = c
+        self.stages = nn.ModuleList(stages)
+        self.project = nn.Linear(2 * sum(config.widths), config.dim)
+
+    def forward(self, images: Tensor, masked: Tensor, masks: Tensor) -> Tensor:
+        """images, masked (B, 3, H, W) in [0, 1], masks (B, 1, H, W) -> (B, d)."""
+        h, hole, pooled = torch.cat([images * 2 - 1, masked * 2 - 1, masks], dim=1), masks, []
+        for stage in self.stages:
+            h = stage(h)
+            hole = F.adaptive_max_pool2d(hole, h.shape[-2:])
+            pooled.append((h * hole).sum((2, 3)) / hole.sum((2, 3)).clamp(min=1))
+            pooled.append((h * hole).amax((2, 3)))  # h ≥ 0, so what lies outside cannot win
+        return self.project(torch.cat(pooled, dim=1))
+
+
+@dataclass(frozen=True)
+class ClipFeatureConfig:
+    """PrefPaint's extractor: a CLIP image tower and a head."""
+
+    clip: dict  # fields of CLIPConfig; only its vision tower is built
+    dim: int  # d, the length of z (PrefPaint: 256)
+    heads: int = 16  # of the head's encoder layer (PrefPaint: 16)
+    dropout: float = 0.1
+
+
+class ClipFeatures(nn.Module):
+    """CLIP embeds completion and masked picture; the pair passes one transformer encoder layer and two linear ones.
+
+    The encoder layer sees a sequence of length one, and no non-linearity stands between the last layers, as in
+    PrefPaint's code. The mask is not an input; it shows as grey in the masked picture.
+    """
+
+    def __init__(self, config: ClipFeatureConfig):
+        super().__init__()
+        self.config = config
+        known = {f.name for f in fields(CLIPConfig)}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in config.clip.items() if k in known
+        }
+        self.clip_config = c = CLIPConfig(**values)
+        P = c.projection_dim
+        self.vision_model = VisionTower(c)
+        self.visual_projection = nn.Linear(c.vision_hidden_size, P, bias=False)
+        self.mix = nn.TransformerEncoderLayer(2 * P, config.heads, 2 * P, config.dropout, batch_first=True)
+        self.project = nn.Sequential(nn.Linear(2 * P, P), nn.Dropout(config.dropout), nn.Linear(P, config.dim))
+
+    @staticmethod
+    def start_from(clip: CLIP, dim: int, freeze: float) -> ClipFeatures:
+        """The tower of a trained CLIP, the first `freeze` of its layers frozen (PrefPaint: 0.7), and a fresh head.
+
+        1 freezes the whole tower, 0 nothing.
+        """
+        if not 0 <= freeze <= 1:
+            raise ValueError(f"freeze={freeze}: choose a share of the layers, 0 to 1")
+        c = clip.config
+        features = ClipFeatures(ClipFeatureConfig({f.name: getattr(c, f.name) for f in fields(c)}, dim))
+        features.vision_model.load_state_dict(clip.vision_model.state_dict())
+        features.visual_projection.load_state_dict(clip.visual_projection.state_dict())
+        tower, layers = features.vision_model, list(features.vision_model.encoder.layers)
+        frozen: list[nn.Module] = layers[: round(freeze * len(layers))]
+        if frozen:
+            frozen += [tower.embeddings, tower.pre_layrnorm]
+        if freeze == 1:
+            frozen += [tower, features.visual_projection]
+        for module in frozen:
+            module.requires_grad_(False)
+        return features
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> CLIP's image embedding before it is brought to unit length, (B, P)."""
+        c = self.clip_config
+        size = (c.image_size, c.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (c.image_mean, c.image_std))
+        return self.visual_projection(self.vision_model((images - mean) / std)[1])
+
+    def forward(self, images: Tensor, masked: Tensor, masks: Tensor) -> Tensor:
+        """images, masked (B, 3, H, W) in [0, 1], masks (B, 1, H, W) -> (B, d)."""
+        both = torch.cat([self.embed(images), self.embed(masked)], dim=1)
+        return self.project(self.mix(both[:, None])[:, 0])

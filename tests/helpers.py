@@ -1,0 +1,21 @@
+"""What several test files share."""
+
+import torch
+
+from minipref import rewards as R
+from minipref.models.reward_features import FeatureConfig, RewardFeatures
+
+NORMS = {"": (4.0, 1.5), "toy/square": (4.0, 2.0), "toy/strip": (3.0, 1.0)}
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def learned(seed=0, **changes):
+    """A reward model of random features, with trust weight exp(-1.5 norm + 0.3)."""
+    torch.manual_seed(seed)
+    features = RewardFeatures(FeatureConfig(widths=(4, 6), dim=5))
+    ridge = R.ridge_fit(gaussian(40, 5), gaussian(40, seed=1), 0.5)
+    known = {"k": 1.5, "b": 0.3, "norm_quantiles": {"0.5": 0.2, "0.99": 0.9}, "label_norms": NORMS}
+    return R.LearnedReward(features, ridge, R.Calibration(**(known | {"noise_scale": 0.2, "psi_norm": 1.5} | changes)))

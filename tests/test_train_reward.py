@@ -1,0 +1,250 @@
+"""From ratings to a reward model that knows its error, small enough to run in seconds."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import train_reward
+from minipref import check_data
+from minipref.collect import collect, widen
+from minipref.data import ratings as R
+from minipref.data.prompts import scene_prompts
+from minipref.pipeline import Pipeline, Sampling, load_unet
+from minipref.rewards import LearnedReward, load_reward
+from minipref.runtime import checkpoint
+from minipref.runtime.config import run_main
+from minipref.runtime.runlog import RunFolder
+
+TINY = {"--prompts": 24, "--samples": 2, "--steps": 2, "--epochs": 2, "--dim": 8, "--threads": 1}
+
+
+def train(out, monkeypatch, *more, **changes):
+    """Runs train_reward.py in this process; -> its summary."""
+    flags = TINY | {"--" + k.replace("_", "-"): v for k, v in changes.items()}
+    argv = ["train_reward.py", "--small", "--out", str(out), *more] + [str(x) for pair in flags.items() for x in pair]
+    monkeypatch.setattr(sys, "argv", argv)
+    train_reward.main()
+    return json.loads((out / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("reward") / "a"
+    summary = train(folder, patch)
+    patch.undo()
+    return folder, summary
+
+
+def test_a_run_leaves_model_ratings_pictures_and_figures(run):
+    folder, summary = run
+    wanted = "spearman r2 pair_accuracy within_prompt_correlation noise_scale noise_scale_residual bound_coverage"
+    wanted += " bound_coverage_single_rating delta bound_median error_median norm_error_spearman seconds seed"
+    assert set(wanted.split()) <= set(summary) and summary["judge"] == "gold" and summary["rated"] == 24 * 4
+    assert all(isinstance(summary[k], (int, float)) for k in wanted.split())
+    for name in ("reward.pt", "config.json", "bound.png", "trust.png", "gold_sheet.png", "ratings/ratings.jsonl"):
+        assert (folder / name).stat().st_size > 0
+    assert Image.open(folder / "bound.png").size[0] > 900
+    assert [json.loads(x)["epoch"] for x in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_its_figures_are_those_of_the_saved_model_on_prompts_that_it_never_saw(run):
+    """Computed again from the files alone, on the third split, without the widened pictures."""
+    folder, summary = run
+    r, _ = R.load(folder, 32)
+    third = r.select(R.split_by_prompt(r.groups, 0)["calibration"])
+    own = third.select(~third.widened)
+    model = load_reward(f"model:{folder}", lambda: None, lambda: None)
+    assert isinstance(model, LearnedReward)
+    guess = model(own.images, own.prompts).value
+    norms = model.calibration.label_norms
+    on_scale = [g * norms[s][1] + norms[s][0] for g, s in zip(guess.tolist(), own.strata)]
+    error = torch.tensor(on_scale) - own.truth
+    r2 = 1 - float(error.square().sum() / (own.truth - own.truth.mean()).square().sum())
+    assert summary["r2"] == pytest.approx(r2, abs=1e-4)
+    normalised = error / torch.tensor([norms[s][1] for s in own.strata])
+    assert summary["error_median"] == pytest.approx(float(normalised.abs().median()), abs=1e-4)
+    bound = model.bound(model.z(own.images, own.prompts), 0.05)
+    assert summary["bound_coverage"] == pytest.approx(float((normalised.abs() <= bound).double().mean()))
+
+
+def test_the_same_seed_gives_the_same_model_and_ratings_on_disk_serve_like_fresh_ones(run, tmp_path, monkeypatch):
+    folder, summary = run
+    again = train(tmp_path / "b", monkeypatch, ratings=folder)
+    for key in set(summary) - {"seconds", "peak_memory_mb"}:
+        assert again[key] == summary[key], key
+    a, b = (torch.load(f / "reward.pt", weights_only=True)["state"] for f in (folder, tmp_path / "b"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"objective": "pairs"}, {"objective": "bins"}, {"features": "clip", "freeze": 1.0}, {"features": "clip"}],
+    ids=str,
+)
+def test_every_objective_and_tower_goes_from_ratings_to_a_model(run, tmp_path, monkeypatch, changes):
+    summary = train(tmp_path / "x", monkeypatch, ratings=run[0], **changes)
+    assert summary["within_prompt_correlation"] != run[1]["within_prompt_correlation"]
+    prompts = scene_prompts(1, 0, 4)
+    scores = LearnedReward.load(tmp_path / "x" / "reward.pt")(prompts.images, prompts)
+    assert torch.isfinite(scores.value).all() and scores.value.std() > 0
+
+
+def test_ridge_and_V_never_see_the_prompts_that_features_learned_from(run):
+    """Other labels on the first split change the features; other labels on the third change nothing at all."""
+    r, _ = R.load(run[0], 32)
+    at = R.split_by_prompt(r.groups, 0)
+    cfg = train_reward.RewardConfig(epochs=1, dim=8)
+    pipe = Pipeline.load(None)
+
+    def psi(where):
+        raters = r.raters.clone()
+        raters[at[where]] = raters[at[where]].flip(0)
+        spoilt = R.Ratings(r.prompts, r.images, raters, r.groups, r.sources, r.widened)
+        return train_reward.fit({k: spoilt.select(v) for k, v in at.items()}, cfg, pipe)[0].ridge
+
+    plain = train_reward.fit({k: r.select(v) for k, v in at.items()}, cfg, pipe)[0].ridge
+    assert torch.equal(psi("calibration").psi, plain.psi)
+    other = psi("ridge")
+    assert torch.equal(other.V_cholesky, plain.V_cholesky) and not torch.equal(other.psi, plain.psi)
+    assert not torch.equal(psi("features").V_cholesky, plain.V_cholesky)
+
+
+def test_the_noise_of_a_mean_label_is_the_raters_over_the_root_of_their_number(run):
+    r, _ = R.load(run[0], 32)
+    part = r.select(R.split_by_prompt(r.groups, 0)["ridge"])
+    cfg, norms = train_reward.RewardConfig(dim=8), {"": (4.0, 2.0)}
+    features = train_reward.new_features(cfg, Pipeline.load(None))
+    model, noise = train_reward.solve(features, part, norms, cfg)
+    within = part.raters.numpy().std(axis=1, ddof=1)
+    assert noise["noise_scale_raters"] == pytest.approx(float((within**2).mean() ** 0.5) / 2 / 3**0.5, rel=1e-6)
+    c = model.calibration
+    assert c.noise_scale == max(noise.values()) and c.psi_norm == pytest.approx(float(model.ridge.psi.norm()))
+    single = R.Ratings(part.prompts, part.images, part.raters[:, :1], part.groups, part.sources, part.widened)
+    model, noise = train_reward.solve(features, single, norms, cfg)
+    assert math.isnan(noise["noise_scale_raters"])  # nobody rated twice: the residuals must serve
+    assert model.calibration.noise_scale == noise["noise_scale_residual"] > 0
+    told = train_reward.RewardConfig(dim=8, noise_scale=0.7, psi_norm=3.0)
+    c = train_reward.solve(features, part, norms, told)[0].calibration
+    assert (c.noise_scale, c.psi_norm) == (0.7, 3.0)
+    with pytest.raises(ValueError, match="holds 24 ratings for --dim 24: rate more or lower --dim"):
+        train_reward.solve(features, part, norms, train_reward.RewardConfig(dim=24))
+
+
+def test_the_papers_trust_constants_and_clamp_by_flag(run, tmp_path, monkeypatch):
+    flags = {"ratings": run[0], "trust": "paper", "trust_lo": 1.0, "trust_hi": 2.21, "epochs": 1}
+    train(tmp_path / "x", monkeypatch, **flags)
+    c = LearnedReward.load(tmp_path / "x" / "reward.pt").calibration
+    assert (c.k, c.b, c.lo, c.hi, c.norm_kind) == (0.05, 0.7, 1.0, 2.21, "paper")
+
+
+def test_a_table_compares_features_and_objectives(run, tmp_path, monkeypatch, capsys):
+    train(tmp_path / "x", monkeypatch, "--compare", ratings=run[0], epochs=1)
+    text = (tmp_path / "x" / "comparison.md").read_text()
+    assert text in capsys.readouterr().out
+    table = [line.split(" | ") for line in text.splitlines()]
+    assert len(table) == 2 + len(train_reward.RIVALS) and all(len(row) == 6 for row in table if "---" not in row[0])
+    assert len({tuple(row[1:5]) for row in table[2:]}) == len(train_reward.RIVALS)  # no two are the same model
+
+
+def aligned_run(folder):
+    """A run of train_rl.py whose policy differs a little from the base."""
+    pipe = Pipeline.load(None)
+    config = {"weights": "", "data": "", "reward": "model", "seed": 0, "held_out": 0, "eval_prompts": 8}
+    made = RunFolder(str(folder), "", config | {"steps": 2, "eta": 1.0})
+    unet, schedule, _ = load_unet(
+        train_reward.Pipeline.load(None) and __import__("minipref.pipeline").pipeline.SHIPPED / "unet.pt"
+    )
+    with torch.no_grad():
+        unet.conv_out.bias += 0.05
+    meta = {"schedule": vars(schedule.config), "base": pipe.fingerprint, "epoch": 1}
+    checkpoint.save(made.path / "last.pt", "unet", unet.config, unet.state_dict(), meta=meta)
+    return made.path
+
+
+def test_a_second_round_rates_a_policy_and_shows_the_error_on_it_before_and_after(run, tmp_path, monkeypatch):
+    policy = aligned_run(tmp_path / "rl")
+    flags = {"ratings": run[0], "resume_with": policy, "second_prompts": 20, "policies": policy}
+    summary = train(tmp_path / "x", monkeypatch, **flags)
+    new, _ = R.load(tmp_path / "x" / "ratings-second", 32)
+    third = R.split_for_fit(new, 0)["calibration"]
+    model = load_reward(f"model:{tmp_path / 'x'}", lambda: None, lambda: None)
+    norms = model.calibration.label_norms
+    guess = R.denormalise(model(third.images, third.prompts).value, third.strata, norms)
+    after = summary["policy_mean_error_on_scale_after"]  # from 1 to 7, so that before and after are comparable
+    assert after == pytest.approx(float((guess - third.truth).abs().mean()), abs=1e-4)
+    assert summary["policy_mean_error_on_scale_before"] != after
+    third_round = train(tmp_path / "y", monkeypatch, ratings=f"{run[0]},{tmp_path / 'x'}", epochs=1)
+    assert third_round["rated"] == 96 + 40  # rounds add up
+    assert len(new) == 40 and not new.widened.any()
+    old, _ = R.load(run[0], 32)
+    assert not set(new.prompts.scenes) & set(old.prompts.scenes)
+
+
+def test_collected_ratings_are_of_the_policys_completions(tmp_path):
+    pipe = Pipeline.load(None)
+    flags = {"seed": 3, "start": 5, "prompts": 2, "samples": 3, "how": Sampling(2)}
+    collect(tmp_path / "a", pipe, pipe.unet, **flags)
+    r, _ = R.load(tmp_path / "a", 32)
+    assert len(r) == 2 * (3 + 2) and r.raters.shape == (10, 3) and r.widened.sum() == 4
+    known = (r.prompts.masks < 0.5).expand_as(r.images)
+    assert torch.equal(r.images[known], r.prompts.masked[known])
+    assert (r.labels - r.truth).abs().mean() < 0.6  # raters stray, not wildly
+    whole = [
+        pipe.complete(
+            pipe.unet,
+            scene_prompts(4 * 0 + 3 * 1_000_003 + 3, 5, 2).repeat_each(3),
+            Sampling(2),
+            seed=3,
+            epoch=0,
+            first=15,
+        )
+    ]
+    assert (r.images[~r.widened] - whole[0]).abs().max() < 0.5 / 255 + 1e-6
+
+
+def test_widened_pictures_keep_known_pixels_and_stray_in_the_hole():
+    prompts = scene_prompts(0, 0, 64)
+    made = prompts.paste_known(torch.rand(64, 3, 32, 32))
+    wide = widen(made, prompts, torch.Generator().manual_seed(0))
+    known = (prompts.masks < 0.5).expand_as(made)
+    assert torch.equal(wide[known], prompts.images[known]) and wide.min() >= 0 and wide.max() <= 1
+    assert ((wide - made).abs().amax((1, 2, 3)) > 0).float().mean() > 0.9
+
+
+def run_dirs_line(call, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_main("minipref", call)
+    return stop.value.code, capsys.readouterr()
+
+
+def test_check_data_counts_and_names_what_is_wrong(run, tmp_path, capsys):
+    check_data.main([str(run[0])])
+    out = capsys.readouterr().out
+    assert "96 rated pictures of 24 prompts, 4 to 4 a prompt" in out and "nothing is wrong" in out
+    assert "several raters" in out and "sources: toy 96" in out
+    path = tmp_path / "ratings.jsonl"
+    lines = (run[0] / "ratings" / "ratings.jsonl").read_text().splitlines()
+    for part in ("images", "masked", "masks"):
+        (tmp_path / part).symlink_to(run[0] / "ratings" / part)
+    path.write_text("\n".join([lines[0].replace('"structure": ', '"structure": 9'), *lines[1:40]]))
+    code, said = run_dirs_line(lambda: check_data.main(["--path", str(path)]), capsys)
+    assert code == 1 and "1 problems" in said.out and f"{path}:1: the score of structure is 9" in said.out
+    code, said = run_dirs_line(lambda: check_data.main([]), capsys)
+    assert code == 2 and "name a folder" in said.err
+
+
+def test_check_data_knows_folders_of_pictures(tmp_path, capsys):
+    for i, colour in enumerate(("red", "red", "blue")):
+        image = Image.new("RGB", (40, 30), colour)
+        image.paste("white", (0, 0, 20 if i < 2 else 0, 30))
+        image.save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.jpg").write_text("no picture")
+    code, said = run_dirs_line(lambda: check_data.main([str(tmp_path)]), capsys)
+    assert code == 1 and "3 readable" in said.out and "1 pictures are copies of others" in said.out
+    assert "bad.jpg: not a readable picture" in said.out and "2.png: a single flat colour" in said.out
