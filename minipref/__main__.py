@@ -8,7 +8,7 @@ from importlib import import_module
 from .runtime.config import run_main
 
 COMMANDS = {
-    "pretrain": "the shipped base model from nothing: CLIP, UNet",
+    "pretrain": "the shipped weights from nothing: CLIP, UNet, reward model",
     "check-data": "what a folder of pictures or ratings holds, and what is wrong where",
     "sample": "complete pictures, base beside aligned",
     "evaluate": "WinRate, rewards, KL and a grid of a run",

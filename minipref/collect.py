@@ -15,6 +15,7 @@ from .models.unet import UNet
 from .pipeline import Pipeline, Sampling
 
 WIDENED = 2  # of each prompt's completions
+RATED = Sampling(steps=6)  # as RL samples
 
 
 def widen(images: Tensor, prompts: Prompts, generator: torch.Generator) -> Tensor:
@@ -42,8 +43,8 @@ def collect(
     seed: int,
     start: int,
     prompts: int,
-    samples: int,
-    how: Sampling,
+    samples: int = 3,
+    how: Sampling = RATED,
     widened: bool = True,
     source: str = "toy",
 ) -> Path:

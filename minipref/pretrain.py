@@ -1,4 +1,4 @@
-"""`python -m minipref pretrain`: the shipped base model from nothing: CLIP, then the UNet.
+"""`python -m minipref pretrain`: the shipped weights from nothing: CLIP, then the UNet, then the reward model.
 
 The base model learns from pictures of mixed quality, as web-scale data are: about half of its training pairs have a
 carelessly filled hole. Pre-training learns what exists; alignment then chooses what people like.
@@ -7,6 +7,7 @@ carelessly filled hole. Pre-training learns what exists; alignment then chooses 
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,14 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .collect import collect
 from .data import masks as M
 from .data import scenes as S
+from .data.ratings import load as load_ratings
+from .data.ratings import split_for_fit
 from .data.scenes import CLIP_WORLD, HELD_OUT_WORLD, TRAIN_WORLD, world
 from .diffusion import Schedule, add_noise, target
+from .fit_reward import FitConfig, fit
 from .losses import denoising_loss
 from .models.clip import CLIP, clip_loss
 from .models.unet import UNet
-from .pipeline import load_clip, load_unet, pick_device
+from .pipeline import Pipeline, load_clip, load_unet, pick_device
 from .presets import SMALL_CODEC, SMALL_SCHEDULE, SMALL_UNET, small_clip, small_tokenizer
 from .runtime import checkpoint
 from .runtime.config import opt, parse
@@ -31,12 +36,12 @@ from .runtime.runlog import progress
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    out: str = opt("runs/pretrain-small", "folder for unet.pt and clip.pt")
+    out: str = opt("runs/pretrain-small", "folder for unet.pt, clip.pt and reward.pt")
     seed: int = opt(0, "seed of weights, scenes and noise", lo=0, hi=999_999)
     only: str = opt(
         "all",
         "which part to train; later parts read the earlier ones from --out",
-        choices=("all", "clip", "unet"),
+        choices=("all", "clip", "unet", "reward"),
     )
     clip_steps: int = opt(2400, "updates of the CLIP-like encoders", lo=1)
     clip_batch: int = opt(192, "pictures a contrastive batch", lo=2)
@@ -49,6 +54,8 @@ class PretrainConfig:
     sloppy_share: float = opt(0.5, "share of the training holes that are filled carelessly", lo=0, hi=1)
     full_share: float = opt(0.4, "share of full masks, that is of plain text-to-image", lo=0, hi=1)
     noisy_share: float = opt(0.0, "share of times drawn from the noisier 65 % of the schedule alone", lo=0, hi=1)
+    reward_prompts: int = opt(1024, "prompts whose completions are rated for the reward model", lo=20)
+    reward_dim: int = opt(64, "d, length of the reward model's feature z", lo=1)
     device: str = opt("cpu", "where to train: cpu, cuda or mps")
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
 
@@ -200,6 +207,18 @@ def train_unet(cfg: PretrainConfig, out: Path) -> dict:
     return {"loss": recent, "stages": keep(), "seconds": time.time() - start}
 
 
+def train_reward(cfg: PretrainConfig, out: Path) -> dict:
+    """What `train_reward.py --small` does, with the base model that was just trained; its ratings are not kept."""
+    start, pipe, fit_cfg = time.time(), Pipeline.load(out, cfg.device), FitConfig(seed=cfg.seed, dim=cfg.reward_dim)
+    with tempfile.TemporaryDirectory() as folder:
+        collect(folder, pipe, pipe.unet, seed=cfg.seed, start=0, prompts=cfg.reward_prompts)
+        rated, _ = load_ratings(folder, S.SIZE)
+    model, _, figures = fit(split_for_fit(rated, cfg.seed), fit_cfg, pipe)
+    figures |= {"rated": len(rated), "seconds": time.time() - start}
+    model.save(out / "reward.pt", {"seed": cfg.seed, **figures})
+    return figures
+
+
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(PretrainConfig, argv, prog="minipref pretrain", description=__doc__ or "", presets=PRESETS)
     if cfg.threads:
@@ -208,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     figures = json.loads((out / "pretrain.json").read_text()) if (out / "pretrain.json").exists() else {}
-    for part, train in (("clip", train_clip), ("unet", train_unet)):
+    for part, train in (("clip", train_clip), ("unet", train_unet), ("reward", train_reward)):
         if cfg.only in ("all", part):
             figures[part] = {"command": f"python -m minipref pretrain --small --seed {cfg.seed} --only {part}"}
             figures[part] |= train(cfg, out)

@@ -75,7 +75,9 @@ CONFIGS = {
 @pytest.mark.parametrize("module", CONFIGS)
 def test_every_config_field_is_read_and_explained(module):
     found = importlib.import_module(module)
-    config, source = getattr(found, CONFIGS[module]), Path(found.__file__).read_text(encoding="utf-8")
+    config = getattr(found, CONFIGS[module])
+    homes = {sys.modules[c.__module__].__file__ for c in config.__mro__[:-1]}  # a configuration may build on another
+    source = "".join(Path(f).read_text(encoding="utf-8") for f in homes)
     used = set(re.findall(r"\bcfg\.(\w+)", source))
     for f in dataclasses.fields(config):
         assert f.name in used, f"{module}: --{f.name} is read nowhere"

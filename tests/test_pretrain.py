@@ -9,7 +9,7 @@ import torch
 from minipref import pretrain
 from minipref.data import scenes as S
 from minipref.data.prompts import scene_prompts
-from minipref.pipeline import Pipeline, Sampling
+from minipref.pipeline import Pipeline, Sampling, learned_reward
 
 
 def config(**changes):
@@ -70,12 +70,15 @@ def test_most_training_times_are_noisy_ones_and_all_occur():
 
 def test_pretraining_runs_from_nothing_to_a_model_that_samples(tmp_path):
     """A few updates of each part; the files that it leaves are those that the main job loads."""
-    small = "--clip-steps 3 --clip-batch 8 --unet-steps 3 --unet-batch 4 --out"
+    small = "--clip-steps 3 --clip-batch 8 --unet-steps 3 --unet-batch 4 --reward-prompts 20 --reward-dim 4 --out"
     pretrain.main(["--small", *small.split(), str(tmp_path)])
     figures = json.loads((tmp_path / "pretrain.json").read_text())
-    assert list(figures) == ["clip", "unet"] and {"clip.pt", "unet.pt"} <= {p.name for p in tmp_path.iterdir()}
+    assert list(figures) == ["clip", "unet", "reward"] and {"clip.pt", "unet.pt", "reward.pt"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
     pipe, prompts = Pipeline.load(tmp_path), scene_prompts(0, 0, 2)
-    assert torch.isfinite(pipe.complete(pipe.unet, prompts, Sampling(2), seed=0, epoch=0)).all()
+    images = pipe.complete(pipe.unet, prompts, Sampling(2), seed=0, epoch=0)
+    assert torch.isfinite(learned_reward(tmp_path)(images, prompts).value).all()
     more = tmp_path / "more"  # trained on: from those weights, with other scenes and noise
     (more).mkdir()
     (more / "clip.pt").write_bytes((tmp_path / "clip.pt").read_bytes())
@@ -87,6 +90,6 @@ def test_pretraining_runs_from_nothing_to_a_model_that_samples(tmp_path):
     assert first["meta"]["stages"][0]["loss"] != second["meta"]["stages"][1]["loss"]
     again = tmp_path / "again"
     pretrain.main(["--small", *small.split(), str(again)])
-    for name in ("clip.pt", "unet.pt"):  # the same seed gives the same weights
+    for name in ("clip.pt", "unet.pt", "reward.pt"):  # the same seed gives the same weights
         a, b = (torch.load(p / name, weights_only=True)["state"] for p in (tmp_path, again))
         assert all(torch.equal(a[k], b[k]) for k in a), name

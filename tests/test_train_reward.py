@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import train_reward
-from minipref import check_data
+from minipref import check_data, fit_reward
 from minipref.collect import collect, widen
 from minipref.data import ratings as R
 from minipref.data.prompts import scene_prompts
@@ -105,9 +105,9 @@ def test_ridge_and_V_never_see_the_prompts_that_features_learned_from(run):
         raters = r.raters.clone()
         raters[at[where]] = raters[at[where]].flip(0)
         spoilt = R.Ratings(r.prompts, r.images, raters, r.groups, r.sources, r.widened)
-        return train_reward.fit({k: spoilt.select(v) for k, v in at.items()}, cfg, pipe)[0].ridge
+        return fit_reward.fit({k: spoilt.select(v) for k, v in at.items()}, cfg, pipe)[0].ridge
 
-    plain = train_reward.fit({k: r.select(v) for k, v in at.items()}, cfg, pipe)[0].ridge
+    plain = fit_reward.fit({k: r.select(v) for k, v in at.items()}, cfg, pipe)[0].ridge
     assert torch.equal(psi("calibration").psi, plain.psi)
     other = psi("ridge")
     assert torch.equal(other.V_cholesky, plain.V_cholesky) and not torch.equal(other.psi, plain.psi)
@@ -118,21 +118,21 @@ def test_the_noise_of_a_mean_label_is_the_raters_over_the_root_of_their_number(r
     r, _ = R.load(run[0], 32)
     part = r.select(R.split_by_prompt(r.groups, 0)["ridge"])
     cfg, norms = train_reward.RewardConfig(dim=8), {"": (4.0, 2.0)}
-    features = train_reward.new_features(cfg, Pipeline.load(None))
-    model, noise = train_reward.solve(features, part, norms, cfg)
+    features = fit_reward.new_features(cfg, Pipeline.load(None))
+    model, noise = fit_reward.solve(features, part, norms, cfg)
     within = part.raters.numpy().std(axis=1, ddof=1)
     assert noise["noise_scale_raters"] == pytest.approx(float((within**2).mean() ** 0.5) / 2 / 3**0.5, rel=1e-6)
     c = model.calibration
     assert c.noise_scale == max(noise.values()) and c.psi_norm == pytest.approx(float(model.ridge.psi.norm()))
     single = R.Ratings(part.prompts, part.images, part.raters[:, :1], part.groups, part.sources, part.widened)
-    model, noise = train_reward.solve(features, single, norms, cfg)
+    model, noise = fit_reward.solve(features, single, norms, cfg)
     assert math.isnan(noise["noise_scale_raters"])  # nobody rated twice: the residuals must serve
     assert model.calibration.noise_scale == noise["noise_scale_residual"] > 0
     told = train_reward.RewardConfig(dim=8, noise_scale=0.7, psi_norm=3.0)
-    c = train_reward.solve(features, part, norms, told)[0].calibration
+    c = fit_reward.solve(features, part, norms, told)[0].calibration
     assert (c.noise_scale, c.psi_norm) == (0.7, 3.0)
     with pytest.raises(ValueError, match="holds 24 ratings for --dim 24: rate more or lower --dim"):
-        train_reward.solve(features, part, norms, train_reward.RewardConfig(dim=24))
+        fit_reward.solve(features, part, norms, train_reward.RewardConfig(dim=24))
 
 
 def test_the_papers_trust_constants_and_clamp_by_flag(run, tmp_path, monkeypatch):
