@@ -55,10 +55,8 @@ def check_ratings(path: Path, low: float, high: float) -> tuple[list[str], list[
         lines.append("one rater a picture: how noisy raters are cannot be told, the residuals must serve")
     if lonely := R.lonely(r.groups):
         lines.append(f"{lonely} prompts have a single rated picture: nothing says which completion of them is better")
-    if float(labels.std()) == 0:
-        problems.append(f"{path}: all labels are equal: nothing to learn")
     try:
-        R.split_by_prompt(r.groups, 0)
+        R.split_for_fit(r, 0)
     except ValueError as e:
         problems.append(f"{path}: {e}")
     return lines, problems

@@ -41,7 +41,7 @@ def reward_pictures(folder: Path, model, rated, judged, kind: str, delta: float,
     """
     norm, error = judged.norm.double(), (judged.guess - judged.truth).abs()
     ends = torch.tensor([float(norm.min()), float(norm.max())], dtype=torch.float64)
-    names = {kind: (judged.guess - judged.truth).abs(), "one rater": (judged.guess - judged.single).abs()}
+    names = {kind: error, "one rater": (judged.guess - judged.single).abs()}
     deltas = [0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01]
     coverage = [
         Series(k, [1 - d for d in deltas], [float((e <= model.bound_factor(d) * norm).double().mean()) for d in deltas])

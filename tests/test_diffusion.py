@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from helpers import KINDS, randn, schedule
 
 from minipref.diffusion import (
-    Condition,
     Schedule,
     ScheduleConfig,
     add_noise,
@@ -15,22 +15,6 @@ from minipref.diffusion import (
     gaussian_log_prob,
     target,
 )
-
-KINDS = ["linear", "scaled_linear", "squaredcos_cap_v2"]
-
-
-def schedule(**changes):
-    return Schedule(ScheduleConfig(**{"beta_schedule": "squaredcos_cap_v2", "set_alpha_to_one": True, **changes}))
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def condition(batch, width=3, context=None, empty=None):
-    text = torch.zeros(batch, 2, width) if context is None else context
-    return Condition(text, empty=empty)
-
 
 # ------------------------------------------------------------------------------------------------ schedules
 

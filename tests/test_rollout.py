@@ -4,33 +4,16 @@ import math
 
 import pytest
 import torch
+from helpers import condition, schedule
 
 from minipref.diffusion import (
     Condition,
-    Schedule,
-    ScheduleConfig,
     ddim_mean,
     ddim_step,
     predict,
     rollout,
     sample_generators,
 )
-
-KINDS = ["linear", "scaled_linear", "squaredcos_cap_v2"]
-
-
-def schedule(**changes):
-    return Schedule(ScheduleConfig(**{"beta_schedule": "squaredcos_cap_v2", "set_alpha_to_one": True, **changes}))
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def condition(batch, width=3, context=None, empty=None):
-    text = torch.zeros(batch, 2, width) if context is None else context
-    return Condition(text, empty=empty)
-
 
 # ------------------------------------------------------------------------------------------------ guidance
 
