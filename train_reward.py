@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from minipref.collect import collect
+from minipref.data import rating_files
 from minipref.data import ratings as R
 from minipref.data.annotator import HIGHEST, LOWEST
 from minipref.data.scenes import SIZE
@@ -74,6 +75,13 @@ def compare(split: dict[str, R.Ratings], cfg: RewardConfig, pipe: Pipeline, path
     return text
 
 
+def read(folder: str | Path, cfg: RewardConfig) -> tuple[R.Ratings, list[str], dict[str, R.Ratings]]:
+    """All usable ratings, what was left out and why, and the three splits."""
+    low, high = (cfg.score_lo, cfg.score_hi) if cfg.ratings else (LOWEST, HIGHEST)
+    rated, problems = rating_files.load(folder, SIZE, low, high)
+    return rated, problems, R.split_for_fit(rated, cfg.seed, cfg.objective == "pairs")
+
+
 def main() -> None:
     cfg = parse(RewardConfig, None, prog="train_reward.py", description=__doc__ or "", presets=PRESETS)
     if cfg.threads:
@@ -85,8 +93,7 @@ def main() -> None:
     names = [n for n in f"{cfg.policies},{cfg.resume_with}".split(",") if n]
     runs = {name: load_run(name, "", cfg.device) for name in names}
     if cfg.ratings:  # what cannot be learned from is refused before anything is written
-        rated, problems = R.load(cfg.ratings, SIZE, cfg.score_lo, cfg.score_hi)
-        split = R.split_for_fit(rated, cfg.seed, cfg.objective == "pairs")
+        rated, problems, split = read(cfg.ratings, cfg)
     run = RunFolder(cfg.out, "runs/reward-small", asdict(cfg))
 
     # 1. Ratings: yours, or completions of the base model, rated and written to disk, then read back like yours.
@@ -94,8 +101,7 @@ def main() -> None:
     if not cfg.ratings:
         folder = run.path / "ratings"
         collect(folder, pipe, pipe.unet, seed=cfg.seed, start=0, prompts=cfg.prompts, samples=cfg.samples, how=how)
-        rated, problems = R.load(folder, SIZE)
-        split = R.split_for_fit(rated, cfg.seed, cfg.objective == "pairs")
+        rated, problems, split = read(folder, cfg)
     for line in problems[:5]:
         print(f"left out: {line}")
     print(f"{len(rated)} rated pictures of {len(rated.groups.unique())} prompts; {len(problems)} left out")
@@ -121,7 +127,7 @@ def main() -> None:
             how=Sampling(config["steps"], config["eta"]),
             widened=False,
         )
-        new = R.split_for_fit(R.load(run.path / "ratings-second", SIZE)[0], cfg.seed)
+        new = R.split_for_fit(rating_files.load(run.path / "ratings-second", SIZE)[0], cfg.seed)
         before = judge_reward(model, new["calibration"], cfg.delta).figures
         split = {k: R.join(split[k], new[k]) for k in split}
         model, judged, figures = fit(split, cfg, pipe, run.log)

@@ -9,6 +9,7 @@ probable, each sample weighted by how far its reward can be trusted. The whole a
 from __future__ import annotations
 
 import copy
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,6 +120,8 @@ def main() -> None:
         raise ValueError(f"--eta {cfg.eta}: the steps are deterministic and have no probability to raise; choose 1")
     if cfg.prompts * cfg.samples == 1:
         raise ValueError("--prompts 1 --samples 1: a single completion is neither better nor worse than another")
+    if cfg.updates > cfg.prompts * cfg.samples:
+        raise ValueError(f"--updates {cfg.updates}: more than the {cfg.prompts * cfg.samples} completions of an epoch")
     training_prompts, held_out_prompts = prompt_sources(cfg)
     held_out = held_out_prompts(0, cfg.eval_prompts)
     how = Sampling(cfg.steps, cfg.eta)
@@ -128,7 +131,7 @@ def main() -> None:
 
     base, policy = pipe.unet.requires_grad_(False), copy.deepcopy(pipe.unet).requires_grad_(True)
     average = copy.deepcopy(policy).requires_grad_(False)
-    optimiser = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     order = np.random.default_rng([cfg.seed, 1])
 
     def look(epoch: int) -> dict:
@@ -191,7 +194,7 @@ def main() -> None:
         # 3. Update: K random steps of each sample, several optimiser steps on disjoint samples.
         K = min(cfg.train_steps, len(random_steps))
         ratios, silenced, grad_norms, losses = [], [], [], []
-        for part in torch.from_numpy(order.permutation(B)).chunk(cfg.updates):
+        for part in torch.from_numpy(order.permutation(B)).tensor_split(cfg.updates):
             steps = torch.stack([random_steps[order.permutation(len(random_steps))[:K]] for _ in part])  # (M, K)
             pairs = torch.stack([part[:, None].expand_as(steps), steps], -1).flatten(0, 1)  # (M·K, 2)
             for s, i in (chunk.T for chunk in pairs.split(cfg.micro_batch)):
@@ -289,7 +292,10 @@ def main() -> None:
 
 def whole_paths(cfg: RLConfig) -> dict[str, str]:
     """Folders as absolute paths: a run is read from other folders than it was started in."""
-    return {k: str(Path(v).resolve()) for k, v in (("weights", cfg.weights), ("data", cfg.data)) if v}
+    reward = re.sub(r"model:([^+]+)", lambda m: f"model:{Path(m[1].strip()).resolve()}", cfg.reward)
+    return {"reward": reward} | {
+        k: str(Path(v).resolve()) for k, v in vars(cfg).items() if k in ("weights", "data") and v
+    }
 
 
 def step_times(timesteps: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ COMMANDS = {
     "pretrain": "the shipped weights from nothing: CLIP, UNet, reward model",
     "check-data": "what a folder of pictures or ratings holds, and what is wrong where",
     "sample": "complete pictures, base beside aligned",
-    "evaluate": "WinRate, rewards, KL and a grid of a run",
+    "evaluate": "WinRate, rewards, KL and a grid of a run; without one, the base model's text-to-image",
 }
 
 

@@ -1,6 +1,6 @@
 """`python -m minipref check-data PATH`: what a folder holds, counts, ranges, and what is wrong where.
 
-Knows folders of pictures and folders of ratings (data/ratings.py). Ends with code 1 where something is wrong.
+Knows folders of pictures and folders of ratings (data/rating_files.py). Ends with code 1 where something is wrong.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .data import rating_files
 from .data import ratings as R
 from .data.annotator import HIGHEST, LOWEST
 from .data.folders import read_folder
@@ -35,7 +36,7 @@ def counted(names: list[str]) -> str:
 
 def check_ratings(path: Path, low: float, high: float) -> tuple[list[str], list[str]]:
     """Lines about a folder of ratings, and its problems."""
-    r, problems = R.load(path, SIZE, low, high)
+    r, problems = rating_files.load(path, SIZE, low, high)
     labels, sizes = r.labels, r.groups.unique(return_counts=True)[1]
     lines = [
         f"{path}: ratings",

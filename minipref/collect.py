@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .data import ratings
+from .data import rating_files
 from .data.annotator import rate
 from .data.prompts import Prompts, scene_prompts
 from .data.scenes import REWARD_WORLD, world
@@ -49,7 +49,7 @@ def collect(
     source: str = "toy",
 ) -> Path:
     """Completes toy prompts number `start` … `samples` times each, widens two of each prompt, has all rated and
-    written to `folder` (data/ratings.py). The raters are three; their noise is part of `seed`."""
+    written to `folder` (data/rating_files.py). The raters are three; their noise is part of `seed`."""
     prompts_world = world(REWARD_WORLD, seed)
     generator = torch.Generator().manual_seed(prompts_world + start)
     asked = scene_prompts(prompts_world, start, prompts)
@@ -65,7 +65,7 @@ def collect(
     assert every.scenes is not None
     scores = rate(images, every.masks, every.scenes, generator)
     number = [start + i // samples for i in which]
-    return ratings.write(
+    return rating_files.write(
         folder,
         every,
         images,

@@ -1,8 +1,10 @@
-"""`python -m minipref evaluate --run RUN`: WinRate, rewards, KL and a grid of an aligned model, as a Markdown table."""
+"""`python -m minipref evaluate --run RUN`: WinRate, rewards, KL and a grid of an aligned model, as a Markdown table.
+
+Without a run: how much of a caption the base model's text-to-image obeys.
+"""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from torch import Tensor
 from . import metrics
 from .data.annotator import gold
 from .data.folders import read_folder, split_pictures
-from .data.prompts import Prompts, picture_prompts, scene_prompts
+from .data.prompts import Prompts, picture_prompts, scene_prompts, text_prompts
 from .data.ratings import Ratings, denormalise, normalise
-from .data.scenes import HELD_OUT_WORLD, SIZE, world
+from .data.recognise import obeyed
+from .data.scenes import HELD_OUT_WORLD, SIZE, caption, scenes, world
 from .diffusion import ddim_mean, predict
 from .losses import gaussian_kl
 from .models.unet import UNet
@@ -23,19 +26,21 @@ from .report import rl_grid
 from .rewards import CheckedReward, LearnedReward, load_reward
 from .runtime.checkpoint import atomic_write
 from .runtime.config import opt, parse
-from .runtime.runlog import progress, read_run
+from .runtime.runlog import progress, read_json, read_run
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    run: str = opt("", "run folder of train_rl.py")
+    run: str = opt("", "run folder of train_rl.py; empty: the base model's text-to-image, by the toy's true measure")
+    weights: str = opt("", "without --run: folder with unet.pt and clip.pt; empty: the shipped small ones")
     checkpoint: str = opt(
         "", "last, best, or empty: the weights that the run was judged by", choices=("", "last", "best")
     )
-    prompts: int = opt(512, "held-out prompts, beyond those of the run's curves", lo=8)
-    best_of: int = opt(10, "S, the most samples a prompt", lo=1)
-    steps: int = opt(0, "DDIM steps; 0: those of the run", lo=0)
-    seed: int = opt(-1, "seed of the evaluation's noise; -1: the run's", lo=-1)
+    prompts: int = opt(512, "held-out prompts, beyond those of the run's curves; captions of text-to-image", lo=8)
+    guidance: float = opt(3.0, "without --run: classifier-free guidance scale of text-to-image", lo=0)
+    best_of: int = opt(10, "with --run: S, the most samples a prompt", lo=1, hi=1000)
+    steps: int = opt(0, "DDIM steps; 0: those of the run, 25 of text-to-image", lo=0)
+    seed: int = opt(-1, "seed of the noise; -1: the run's, 0 of text-to-image", lo=-1)
     device: str = opt("cpu", "cpu, cuda or mps")
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
 
@@ -43,8 +48,6 @@ class EvaluateConfig:
 def load_run(folder: str, which: str, device: str) -> tuple[dict, Pipeline, UNet]:
     """-> a run's configuration, the base model's pipeline, and the aligned UNet: last, best, or (which "") the one that
     its summary was judged by."""
-    if not folder:
-        raise ValueError("--run is missing: the folder that train_rl.py wrote, such as runs/rl-small")
     config = read_run(folder)
     path = Path(folder) / f"{which or judged_by(folder)}.pt"
     if missing := {"weights", "data", "reward", "seed", "held_out", "eval_prompts", "steps", "eta"} - set(config):
@@ -62,8 +65,7 @@ def load_run(folder: str, which: str, device: str) -> tuple[dict, Pipeline, UNet
 
 def judged_by(folder: str | Path) -> str:
     """Which weights a run's summary speaks of: "best" where the guard has stopped it, else "last"."""
-    path = Path(folder) / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("judged", "last") if path.is_file() else "last"
+    return read_json(Path(folder) / "summary.json").get("judged", "last")
 
 
 def run_prompts(config: dict, start: int, count: int) -> Prompts:
@@ -75,10 +77,13 @@ def run_prompts(config: dict, start: int, count: int) -> Prompts:
     return scene_prompts(seed, start, count)
 
 
+KL_NOISE = -4  # an "epoch" of its own: no training or evaluation draws its noise
+
+
 @torch.no_grad()
 def path_kl(pipe: Pipeline, aligned: UNet, prompts: Prompts, how: Sampling, seed: int) -> Tensor:
     """KL(aligned ‖ base) of whole rollouts in nats, (B,): per step in closed form, on paths of the aligned model."""
-    path = pipe.sample(aligned, prompts, how, seed, 3, range(len(prompts)))
+    path = pipe.sample(aligned, prompts, how, seed, KL_NOISE, range(len(prompts)))
     condition, total = pipe.condition(prompts), torch.zeros(len(prompts))
     for i in path.scored.nonzero()[:, 0].tolist():
         t, t_prev = path.times(i)
@@ -154,10 +159,42 @@ def policy_gammas(
     return {k: s.trust for k, s in scored.items() if s.trust is not None}
 
 
+def base_report(cfg: EvaluateConfig) -> str:
+    """In how many pictures of full captions the background, and shape and colours of each thing, are those asked for.
+
+    By template (data/recognise.py), as Markdown. Captions are of a held-out world; of simple scenes, training has seen
+    most (there are few).
+    """
+    pipe = Pipeline.load(cfg.weights, cfg.device)
+    batch = scenes(world(HELD_OUT_WORLD, 0), 0, cfg.prompts)
+    asked, how = text_prompts([caption(s) for s in batch]), Sampling(cfg.steps or 25, 0.0, cfg.guidance)
+    found = obeyed(pipe.complete(pipe.unet, asked, how, seed=max(cfg.seed, 0), epoch=0), batch)
+    settings = f"{how.steps} steps, eta {how.eta:g}, guidance {how.guidance:g}, seed {max(cfg.seed, 0)}"
+    lines = [
+        f"# Text-to-image, {cfg.prompts} captions, {settings}",
+        "",
+        "Share of pictures that show what was asked:",
+        "",
+    ]
+    lines += ["| things | captions | " + " | ".join(found) + " |", "|---" * (2 + len(found)) + "|"]
+    for count in sorted({len(s.things) for s in batch}):
+        own = torch.tensor([len(s.things) == count for s in batch])
+        shares = {k: f"{float(v[own].double().mean()):.3f}" for k, v in found.items()}
+        shares |= {} if count > 1 else {"second": "–"}
+        lines.append(f"| {count} | {int(own.sum())} | " + " | ".join(shares.values()) + " |")
+    whole = [f"{float(v.double().mean()):.3f}" for v in found.values()]
+    return "\n".join([*lines, f"| any | {len(batch)} | " + " | ".join(whole) + " |"])
+
+
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(EvaluateConfig, argv, prog="minipref evaluate", description=__doc__ or "")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if cfg.run and cfg.weights:
+        raise ValueError("--weights: belongs to text-to-image; a run knows the weights that it started from")
+    if not cfg.run:
+        print(base_report(cfg))
+        return
     config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device)
     seed = config["seed"] if cfg.seed < 0 else cfg.seed
     how = Sampling(cfg.steps or config["steps"], config["eta"])
@@ -172,7 +209,8 @@ def main(argv: list[str] | None = None) -> None:
         true = gold(images, prompts.masks, prompts.scenes).label if prompts.scenes else None
         return reward(images, prompts).value, true, images
 
-    # Rounds never share noise: 1000 the opponent, 2000 … the base's own samples, 3000 … the aligned model's.
+    # Rounds never share noise: 1000 the opponent, 2000 … the base's own samples, 3000 … the aligned model's. Training
+    # epochs may reach them, but train on other prompts.
     jobs = [(pipe.unet, 1000)] + [
         (u, 1000 * k + i) for k, u in ((2, pipe.unet), (3, aligned)) for i in range(cfg.best_of)
     ]

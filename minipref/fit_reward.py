@@ -72,7 +72,7 @@ def fit_features(
     edges = y.double().quantile(torch.linspace(0, 1, cfg.bins + 1, dtype=torch.float64)[1:-1]).float()
     peak = cfg.lr or (2e-3 if cfg.features == "conv" else 5e-4)
     trained = [p for p in [*features.parameters(), *last.parameters()] if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=peak, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(trained, lr=peak, weight_decay=0.01, fused=True)
     masked, masks = r.prompts.masked, r.prompts.masks
     per_epoch = -(-len(y) // cfg.batch)
     for epoch in progress(range(cfg.epochs), "reward features"):

@@ -73,8 +73,9 @@ class Pipeline:
             raise FileNotFoundError(
                 f"{folder}: no such folder of weights; `python -m minipref pretrain --small` makes one"
             )
-        unet, schedule, _ = load_unet(folder / "unet.pt")
+        unet, schedule, meta = load_unet(folder / "unet.pt")
         clip, tokenizer = load_clip(folder / "clip.pt")
+        check_text(meta, folder / "clip.pt", folder / "unet.pt")
         c, codec = unet.config, SMALL_CODEC
         expected = 2 * codec.channels + codec.mask_channels, codec.channels, clip.config.text_hidden_size
         if (c.in_channels, c.out_channels, c.cross_attention_dim) != expected:
@@ -139,6 +140,12 @@ class Pipeline:
         if not torch.isfinite(images).all():
             raise ValueError("the UNet made pictures of NaN: its weights are damaged or have diverged (lower --lr)")
         return prompts.paste_known(images)
+
+
+def check_text(meta: dict, clip: Path, unet: str | Path) -> None:
+    """A UNet understands the text encoder that it was trained with and no other."""
+    if meta.get("clip", digest(clip)) != digest(clip):
+        raise ValueError(f"{unet}: was trained with another clip.pt than {clip}")
 
 
 def digest(path: Path) -> str:

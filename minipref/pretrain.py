@@ -1,12 +1,14 @@
 """`python -m minipref pretrain`: the shipped weights from nothing: CLIP, then the UNet, then the reward model.
 
-The base model learns from pictures of mixed quality, as web-scale data are: about half of its training pairs have a
-carelessly filled hole. Pre-training learns what exists; alignment then chooses what people like.
+The base model learns from pictures of mixed quality, as web-scale data are: about half of its partial holes are filled
+carelessly. Pre-training learns what exists; alignment then chooses what people like.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -19,7 +21,7 @@ from torch import Tensor
 from .collect import collect
 from .data import masks as M
 from .data import scenes as S
-from .data.ratings import load as load_ratings
+from .data.rating_files import load as load_ratings
 from .data.ratings import split_for_fit
 from .data.scenes import CLIP_WORLD, HELD_OUT_WORLD, TRAIN_WORLD, world
 from .diffusion import Schedule, add_noise, target
@@ -27,11 +29,11 @@ from .fit_reward import FitConfig, fit
 from .losses import denoising_loss
 from .models.clip import CLIP, clip_loss
 from .models.unet import UNet
-from .pipeline import Pipeline, load_clip, load_unet, pick_device
+from .pipeline import Pipeline, check_text, digest, load_clip, load_unet, pick_device
 from .presets import SMALL_CODEC, SMALL_SCHEDULE, SMALL_UNET, small_clip, small_tokenizer
 from .runtime import checkpoint
 from .runtime.config import opt, parse
-from .runtime.runlog import progress
+from .runtime.runlog import progress, read_json
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,17 @@ class PretrainConfig:
         "which part to train; later parts read the earlier ones from --out",
         choices=("all", "clip", "unet", "reward"),
     )
-    clip_steps: int = opt(2400, "updates of the CLIP-like encoders", lo=1)
+    clip_steps: int = opt(6000, "updates of the CLIP-like encoders", lo=1)
     clip_batch: int = opt(192, "pictures a contrastive batch", lo=2)
     clip_lr: float = opt(1e-3, "peak learning rate of the encoders", lo=0)
-    unet_steps: int = opt(20000, "updates of the UNet", lo=1)
+    unet_steps: int = opt(25000, "updates of the UNet", lo=1)
     unet_batch: int = opt(32, "pictures a batch of the UNet", lo=1)
-    unet_lr: float = opt(1.5e-3, "peak learning rate of the UNet", lo=0)
+    unet_lr: float = opt(2e-3, "peak learning rate of the UNet", lo=0)
     start_from: str = opt("", "folder whose unet.pt is trained on, with new scenes and noise; empty: from nothing")
     ema: float = opt(0.999, "decay of the averaged weights that are kept", lo=0, hi=1)
-    sloppy_share: float = opt(0.5, "share of the training holes that are filled carelessly", lo=0, hi=1)
-    full_share: float = opt(0.4, "share of full masks, that is of plain text-to-image", lo=0, hi=1)
-    noisy_share: float = opt(0.0, "share of times drawn from the noisier 65 % of the schedule alone", lo=0, hi=1)
+    sloppy_share: float = opt(0.5, "share of the partial holes that are filled carelessly", lo=0, hi=1)
+    full_share: float = opt(0.5, "share of full masks, that is of plain text-to-image", lo=0, hi=1)
+    noisy_share: float = opt(0.7, "share of times drawn from the noisier 65 % of the schedule alone", lo=0, hi=1)
     reward_prompts: int = opt(1024, "prompts whose completions are rated for the reward model", lo=20)
     reward_dim: int = opt(64, "d, length of the reward model's feature z", lo=1)
     device: str = opt("cpu", "where to train: cpu, cuda or mps")
@@ -73,9 +75,14 @@ def warmup_cosine(step: int, total: int, warmup: int = 200) -> float:
 # ------------------------------------------------------------------------------------------------ CLIP
 
 
-def clip_batch(rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:
-    """Whole pictures, half of them sloppy, and captions that name the quality half of the time."""
-    batch = [S.random_scene(rng) for _ in range(count)]
+def clip_batch(rng: np.random.Generator, count: int, hard_share: float = 0.5) -> tuple[Tensor, list[str]]:
+    """Whole pictures, half of them sloppy, and captions that name the quality half of the time.
+
+    `hard_share` of the batches hold three colours only: there colour tells little apart, and shape and pattern must.
+    Otherwise neither tower learns much of shapes.
+    """
+    few = tuple(rng.permutation(S.COLOURS)[:3].tolist()) if rng.random() < hard_share else S.COLOURS
+    batch = [S.random_scene(rng, few) for _ in range(count)]
     images, careless = S.draw(batch), torch.from_numpy(rng.random(count) < 0.5)
     images = torch.where(careless[:, None, None, None], S.sloppy(images), images)
     quality = ["sloppy" if c else "clean" for c in careless.tolist()]
@@ -84,20 +91,20 @@ def clip_batch(rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]
 
 def clip_recall(clip: CLIP, tokenizer, seed: int, count: int = 256) -> float:
     """Share of `count` held-out pictures whose own caption is the nearest of all (recall@1)."""
-    images, texts = clip_batch(np.random.default_rng([world(HELD_OUT_WORLD, seed), 1]), count)
+    images, texts = clip_batch(np.random.default_rng([world(HELD_OUT_WORLD, seed), 1]), count, hard_share=0.0)
     with torch.no_grad():
         similarity = clip.encode_image(images) @ clip.encode_text(tokenizer(texts)).T
     return float((similarity.argmax(1) == torch.arange(count)).float().mean())
 
 
-def train_clip(cfg: PretrainConfig, out: Path) -> dict:
+def train_clip(cfg: PretrainConfig, out: Path, command: str) -> dict:
     torch.manual_seed(cfg.seed)
     tokenizer, clip = small_tokenizer(), CLIP(small_clip())
     for name, p in clip.named_parameters():  # transformers' scale of embeddings; torch's default 1 is far too large
         if "embedding" in name:
             torch.nn.init.normal_(p, std=0.02)
     clip.to(cfg.device).train()
-    optimiser = torch.optim.AdamW(clip.parameters(), lr=cfg.clip_lr, weight_decay=0.05, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(clip.parameters(), lr=cfg.clip_lr, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
     rng = np.random.default_rng(world(CLIP_WORLD, cfg.seed))
     start, bar = time.time(), progress(range(cfg.clip_steps), "CLIP")
     for step in bar:
@@ -156,7 +163,11 @@ def training_times(count: int, length: int, noisy_share: float, generator: torch
     return (torch.where(noisy, 0.35 + 0.65 * u, u) * length).long().clamp(max=length - 1)
 
 
-def train_unet(cfg: PretrainConfig, out: Path) -> dict:
+UNFINISHED = "unet-unfinished.pt"
+UNET_SETTINGS = ("seed", "unet_lr", "unet_batch", "ema", "sloppy_share", "full_share", "noisy_share")  # kept with it
+
+
+def train_unet(cfg: PretrainConfig, out: Path, command: str) -> dict:
     clip, tokenizer = load_clip(out / "clip.pt")
     clip.to(cfg.device)
     torch.manual_seed(cfg.seed)
@@ -164,7 +175,14 @@ def train_unet(cfg: PretrainConfig, out: Path) -> dict:
     unet, stages = UNet(SMALL_UNET), list[dict]()
     if cfg.start_from:
         start_from = Path(cfg.start_from) / "unet.pt"
-        earlier, _, meta = load_unet(start_from)
+        earlier, its_schedule, meta = load_unet(start_from)
+        if earlier.config != SMALL_UNET:
+            raise ValueError(f"{start_from}: is configured differently from the small preset ({SMALL_UNET})")
+        if its_schedule.config != SMALL_SCHEDULE:
+            raise ValueError(f"{start_from}: was trained with another noise schedule than the small preset's")
+        check_text(meta, out / "clip.pt", start_from)
+        if "stages" not in meta:
+            raise ValueError(f"{start_from}: does not say how it was trained; name the folder of a pretrain run")
         checkpoint.fill(unet, earlier.state_dict(), start_from)
         stages = list(meta["stages"])
     unet = unet.to(memory_format=torch.channels_last).to(cfg.device).train()  # type: ignore[call-overload]
@@ -174,11 +192,13 @@ def train_unet(cfg: PretrainConfig, out: Path) -> dict:
     noise_generator = torch.Generator().manual_seed(world(TRAIN_WORLD, cfg.seed) + len(stages) * 1_000_000_007)
     start, recent, bar = time.time(), 0.0, progress(range(cfg.unet_steps), "UNet")
 
-    def keep() -> list[dict]:
-        now = {"seed": cfg.seed, "steps": step + 1, "lr": cfg.unet_lr, "loss": recent, "seconds": time.time() - start}
+    settings = {k: v for k, v in asdict(cfg).items() if k in UNET_SETTINGS}
+
+    def keep(name: str) -> list[dict]:
+        now = {"command": command, "steps": step + 1, "loss": recent, "seconds": time.time() - start, **settings}
         done = [*stages, now]
-        meta = {"stages": done, "schedule": asdict(SMALL_SCHEDULE)}
-        checkpoint.save(out / "unet.pt", "unet", unet.config, average, dtype=torch.float16, meta=meta)
+        meta = {"stages": done, "schedule": asdict(SMALL_SCHEDULE), "clip": digest(out / "clip.pt")}
+        checkpoint.save(out / name, "unet", unet.config, average, dtype=torch.float16, meta=meta)
         return done
 
     for step in bar:
@@ -203,11 +223,14 @@ def train_unet(cfg: PretrainConfig, out: Path) -> dict:
         if step % 100 == 99:
             bar.set_postfix(loss=f"{recent:.4f}", refresh=False)
         if step % 1000 == 999 and step + 1 < cfg.unet_steps:
-            keep()  # usable at any time
-    return {"loss": recent, "stages": keep(), "seconds": time.time() - start}
+            keep(UNFINISHED)  # usable at any time
+    done = keep("unet.pt")
+    (out / UNFINISHED).unlink(missing_ok=True)
+    # The loss is an average over the last few hundred updates, at the times that `noisy_share` prefers.
+    return {"loss": recent, "stages": done, "seconds": sum(s["seconds"] for s in done)}
 
 
-def train_reward(cfg: PretrainConfig, out: Path) -> dict:
+def train_reward(cfg: PretrainConfig, out: Path, command: str) -> dict:
     """What `train_reward.py --small` does, with the base model that was just trained; its ratings are not kept."""
     start, pipe, fit_cfg = time.time(), Pipeline.load(out, cfg.device), FitConfig(seed=cfg.seed, dim=cfg.reward_dim)
     with tempfile.TemporaryDirectory() as folder:
@@ -225,12 +248,16 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(cfg.threads)
     pick_device(cfg.device)
     out = Path(cfg.out)
+    if cfg.start_from and cfg.only != "unet":
+        raise ValueError("--start-from needs --only unet: it continues the UNet alone, with the clip.pt in --out")
+    if cfg.start_from and out.resolve() == Path(cfg.start_from).resolve():
+        raise ValueError("--out and --start-from are the same folder: the earlier weights would be lost")
     out.mkdir(parents=True, exist_ok=True)
-    figures = json.loads((out / "pretrain.json").read_text()) if (out / "pretrain.json").exists() else {}
+    figures, command = read_json(out / "pretrain.json"), shlex.join(sys.argv[1:] if argv is None else argv)
     for part, train in (("clip", train_clip), ("unet", train_unet), ("reward", train_reward)):
         if cfg.only in ("all", part):
-            figures[part] = {"command": f"python -m minipref pretrain --small --seed {cfg.seed} --only {part}"}
-            figures[part] |= train(cfg, out)
+            figures[part] = {"command": f"python -m minipref pretrain {command}"}
+            figures[part] |= train(cfg, out, figures[part]["command"])
             text = json.dumps(figures, indent=1) + "\n"
             checkpoint.atomic_write(out / "pretrain.json", lambda p, text=text: p.write_text(text))
             print(part, json.dumps(figures[part]))

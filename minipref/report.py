@@ -15,7 +15,7 @@ SHOWN = 8  # the first prompts of a batch
 
 
 def rl_grid(path: Path, prompts: Prompts, before: Tensor, after: Tensor, epoch: int | None) -> None:
-    """Prompt, base model and aligned model for the first eight held-out prompts, under the same noise."""
+    """Prompt, base model and aligned model for the first eight held-out prompts."""
     rows = [
         ("prompt (grey = hole)", prompts.masked[:SHOWN]),
         ("before", before[:SHOWN]),

@@ -14,7 +14,7 @@ import torch
 
 from .data import masks as M
 from .data.folders import SUFFIXES, read_image, read_mask
-from .data.prompts import Prompts
+from .data.prompts import Prompts, text_prompts
 from .data.scenes import SIZE
 from .evaluate import load_run, run_prompts
 from .pipeline import Pipeline, Sampling
@@ -61,8 +61,7 @@ def wanted(cfg: SampleConfig, config: dict) -> Prompts:
             )
         return Prompts(picture[None].repeat(cfg.count, 1, 1, 1), masks, [cfg.prompt] * cfg.count, ["own"] * cfg.count)
     if cfg.full:
-        nothing, masks = torch.full((cfg.count, 3, SIZE, SIZE), 0.5), torch.ones(cfg.count, 1, SIZE, SIZE)
-        return Prompts(nothing, masks, [cfg.prompt] * cfg.count, ["full"] * cfg.count)
+        return text_prompts([cfg.prompt] * cfg.count)
     found = run_prompts(config, 0, cfg.count)
     return Prompts(found.images, found.masks, [cfg.prompt] * cfg.count, found.kinds, found.scenes)
 

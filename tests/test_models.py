@@ -1,5 +1,7 @@
 """UNet, CLIP, tokenizer and codec by themselves; their equality with other libraries is in test_parity.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,6 +126,20 @@ def test_the_text_tower_looks_back_only():
     clip, tokenizer = CLIP(small_clip()).eval(), small_tokenizer()
     a, b = clip.context(tokenizer(["a red circle", "a red star"]))
     assert torch.allclose(a[:3], b[:3], atol=1e-6) and not torch.allclose(a[3], b[3], atol=1e-3)
+
+
+def test_the_condition_may_leave_out_the_last_layers():
+    config = small_clip()
+    clip, ids = CLIP(config).eval(), small_tokenizer()(["a small blue star"])
+    tower = clip.text_model
+    x = tower.encoder.layers[0](tower.embeddings(ids), True)
+    assert config.context_skip == 1 and config.text_layers == 2
+    assert torch.allclose(clip.context(ids), tower.final_layer_norm(x), atol=1e-6)
+    assert torch.allclose(tower.hidden(ids, 0), tower(ids)[0], atol=1e-6)
+    assert torch.allclose(tower.hidden(ids, 2), tower.final_layer_norm(tower.embeddings(ids)), atol=1e-6)
+    for skip in (-1, 3):
+        with pytest.raises(ValueError, match=f"context_skip={skip}; the text tower has 2 layers"):
+            replace(config, context_skip=skip)
 
 
 def test_contrastive_loss_is_two_cross_entropies():

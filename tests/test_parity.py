@@ -133,7 +133,7 @@ def their_clip(transformers, c: CLIPConfig):
 @parametrize("eos", [2, 49])
 @parametrize("act", ["quick_gelu", "gelu"])
 def test_clip_gives_transformers_embeddings(transformers, act, eos):
-    config = replace(TINY_CLIP, hidden_act=act, eos_token_id=eos)
+    config = replace(TINY_CLIP, hidden_act=act, eos_token_id=eos, context_skip=0)
     theirs = randomised(their_clip(transformers, config), 0)
     ours = CLIP(config)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -148,6 +148,12 @@ def test_clip_gives_transformers_embeddings(transformers, act, eos):
         assert max_diff(image, expected.image_embeds) <= 1e-5
         assert max_diff(text, expected.text_embeds) <= 1e-5
         assert max_diff(ours.context(ids), hidden) <= 1e-5
+        # What Stable Diffusion 2.x takes of a whole encoder: the layer before the last, through the final norm.
+        second = CLIP(replace(config, context_skip=1))
+        second.load_state_dict(theirs.state_dict())
+        states = theirs.text_model(input_ids=ids, output_hidden_states=True).hidden_states
+        before_last = theirs.text_model.final_layer_norm(states[-2])
+        assert max_diff(second.context(ids), before_last) <= 1e-5 < max_diff(before_last, hidden)
         assert max_diff(ours.logit_scale.exp() * image @ text.T, expected.logits_per_image) <= 1e-5
 
 

@@ -9,7 +9,7 @@ import torch
 from minipref import pretrain
 from minipref.data import scenes as S
 from minipref.data.prompts import scene_prompts
-from minipref.pipeline import Pipeline, Sampling, learned_reward
+from minipref.pipeline import SHIPPED, Pipeline, Sampling, learned_reward
 
 
 def config(**changes):
@@ -38,8 +38,9 @@ def test_training_pairs_are_clean_outside_the_hole_and_sloppy_inside_about_half_
 
 
 def test_captions_of_the_encoders_name_the_quality_half_of_the_time_and_truly():
-    images, texts = pretrain.clip_batch(np.random.default_rng(0), 1000)
+    images, texts = pretrain.clip_batch(np.random.default_rng(0), 1000, hard_share=0.0)
     twin = np.random.default_rng(0)
+    twin.random()  # whether the batch is a hard one
     true = S.draw([S.random_scene(twin) for _ in range(1000)])
     said = 0
     for x, t, text in zip(images, true, texts):
@@ -48,6 +49,21 @@ def test_captions_of_the_encoders_name_the_quality_half_of_the_time_and_truly():
         said += quality in words
         assert ("sloppy" if quality == "clean" else "clean") not in words
     assert abs(said / 1000 - 0.5) < 6 * 0.5 / 1000**0.5  # false alarm 2e-9
+
+
+def test_half_of_the_contrastive_batches_hold_three_colours_only(monkeypatch):
+    """400 batches of 8 scenes; 6 standard errors: false alarm 2e-9. Other batches hold more than three."""
+    seen = []
+    draw = S.draw
+    monkeypatch.setattr(S, "draw", lambda batch: seen.append(batch) or draw(batch))
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        pretrain.clip_batch(rng, 8)
+    held = [{c for s in b for c in (s.background, *(x for t in s.things for x in (t.colour, t.second)))} for b in seen]
+    hard = [len(c) <= 3 for c in held]
+    assert abs(np.mean(hard) - 0.5) < 6 * 0.5 / 400**0.5
+    assert len({frozenset(c) for c, h in zip(held, hard) if h}) > 20  # not always the same three
+    assert min(len(c) for c, h in zip(held, hard) if not h) > 3
 
 
 def test_learning_rate_warms_up_and_ends_at_nothing():
@@ -68,7 +84,7 @@ def test_most_training_times_are_noisy_ones_and_all_occur():
     assert abs(plain.mean().item() - 499.5) < 6 * 288.7 / 1e5**0.5
 
 
-def test_pretraining_runs_from_nothing_to_a_model_that_samples(tmp_path):
+def test_pretraining_runs_from_nothing_to_a_model_that_samples(tmp_path, monkeypatch):
     """A few updates of each part; the files that it leaves are those that the main job loads."""
     small = "--clip-steps 3 --clip-batch 8 --unet-steps 3 --unet-batch 4 --reward-prompts 20 --reward-dim 4 --out"
     pretrain.main(["--small", *small.split(), str(tmp_path)])
@@ -83,13 +99,71 @@ def test_pretraining_runs_from_nothing_to_a_model_that_samples(tmp_path):
     (more).mkdir()
     (more / "clip.pt").write_bytes((tmp_path / "clip.pt").read_bytes())
     onward = "--only unet --unet-steps 1 --unet-batch 4 --unet-lr 0 --ema 0"
-    pretrain.main(["--small", *onward.split(), "--out", str(more), "--start-from", str(tmp_path)])
+    drawn, noises = [], []
+    batch, noisy = pretrain.unet_batch, pretrain.add_noise
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "unet_batch", lambda *a: drawn.append(batch(*a)) or drawn[-1])
+        patch.setattr(pretrain, "add_noise", lambda s, x, noise, t: noises.append(noise) or noisy(s, x, noise, t))
+        pretrain.main(["--small", *onward.split(), "--out", str(more), "--start-from", str(tmp_path)])
+        fresh = tmp_path / "fresh"
+        fresh.mkdir()
+        (fresh / "clip.pt").write_bytes((tmp_path / "clip.pt").read_bytes())
+        pretrain.main(["--small", *onward.split(), "--out", str(fresh)])
+    assert len(drawn) == 2 and not torch.equal(drawn[0][0], drawn[1][0]) and not torch.equal(*noises)
     first, second = (torch.load(p / "unet.pt", weights_only=True) for p in (tmp_path, more))
     assert [s["steps"] for s in second["meta"]["stages"]] == [3, 1] and len(first["meta"]["stages"]) == 1
     assert all(torch.equal(first["state"][k], second["state"][k]) for k in first["state"])
-    assert first["meta"]["stages"][0]["loss"] != second["meta"]["stages"][1]["loss"]
+    assert second["meta"]["stages"][1]["command"].endswith(f"--out {more} --start-from {tmp_path}")
+    assert second["meta"]["stages"][1]["unet_lr"] == 0 and second["meta"]["clip"] == first["meta"]["clip"]
+    assert not list(tmp_path.rglob("*unfinished*"))
     again = tmp_path / "again"
     pretrain.main(["--small", *small.split(), str(again)])
     for name in ("clip.pt", "unet.pt", "reward.pt"):  # the same seed gives the same weights
         a, b = (torch.load(p / name, weights_only=True)["state"] for p in (tmp_path, again))
         assert all(torch.equal(a[k], b[k]) for k in a), name
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        ("--only all --start-from {shipped} --out {out}", "--start-from needs --only unet"),
+        ("--only unet --start-from {out} --out {out}", "--out and --start-from are the same folder"),
+        ("--only unet --start-from {epsilon} --out {out}", "another noise schedule"),
+        ("--only unet --start-from {heads} --out {out}", "configured differently"),
+        ("--only unet --start-from {run} --out {out}", "does not say how it was trained"),
+        ("--only unet --start-from {shipped} --out {other}", "another clip.pt"),
+    ],
+)
+def test_a_base_that_cannot_be_trained_on_is_refused(tmp_path, flags, said):
+    """Another configuration, schedule or text encoder; the output folder is as it was."""
+    shipped = torch.load(SHIPPED / "unet.pt", weights_only=True)
+    epsilon = shipped["meta"]["schedule"] | {"prediction_type": "epsilon"}
+    changed = {
+        "epsilon": shipped | {"meta": shipped["meta"] | {"schedule": epsilon}},
+        "heads": shipped | {"config": shipped["config"] | {"attention_head_dim": 2}},
+        "run": shipped | {"meta": {k: v for k, v in shipped["meta"].items() if k != "stages"}},
+    }
+    folders = {"shipped": SHIPPED, "out": tmp_path / "out", "other": tmp_path / "other"}
+    for name, content in changed.items():
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        torch.save(content, folders[name] / "unet.pt")
+    for name in ("out", "other"):
+        folders[name].mkdir()
+        (folders[name] / "clip.pt").write_bytes((SHIPPED / "clip.pt").read_bytes())
+    clip = torch.load(SHIPPED / "clip.pt", weights_only=True)
+    clip["state"] = {k: v + 1 if k == "logit_scale" else v for k, v in clip["state"].items()}
+    torch.save(clip, folders["other"] / "clip.pt")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.pt")}
+    with pytest.raises(ValueError, match=said):
+        pretrain.main(["--small", "--unet-steps", "1", *flags.format(**folders).split()])
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*.pt")}
+    with pytest.raises(ValueError, match="another clip.pt"):  # nor is it loaded beside an encoder that it never saw
+        (folders["other"] / "unet.pt").write_bytes((SHIPPED / "unet.pt").read_bytes())
+        Pipeline.load(folders["other"])
+
+
+def test_a_damaged_record_of_figures_is_named(tmp_path):
+    (tmp_path / "pretrain.json").write_text('{"clip": ')
+    with pytest.raises(ValueError, match="pretrain.json"):
+        pretrain.main(["--small", "--only", "clip", "--clip-steps", "1", "--clip-batch", "4", "--out", str(tmp_path)])

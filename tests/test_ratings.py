@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minipref.data import rating_files
 from minipref.data import ratings as R
 from minipref.data.annotator import Rating
 from minipref.data.prompts import Prompts, scene_prompts
@@ -49,7 +50,7 @@ def rating(value, n):
 
 
 def test_the_label_is_the_papers_weighted_sum(tmp_path):
-    r, problems = R.load(rows(tmp_path, [row(tmp_path)]), 32)
+    r, problems = rating_files.load(rows(tmp_path, [row(tmp_path)]), 32)
     assert not problems and r.labels.tolist() == pytest.approx([0.15 * 2 + 0.15 * 4 + 0.7 * 6])
     assert r.images.shape == (1, 3, 32, 32) and r.prompts.masks[0, 0, :, :16].all()
     assert not r.prompts.masks[0, 0, :, 16:].any() and r.prompts.kinds == ["strip"]
@@ -62,11 +63,11 @@ def test_several_raters_are_averaged_and_tell_their_noise(tmp_path):
         return {"structure": x, "texture": x, "overall": x}
 
     lines = [row(tmp_path, "a", scores=[said(2), said(4)]), row(tmp_path, "b", scores=[said(5), said(5), said(6.5)])]
-    r, _ = R.load(rows(tmp_path, lines + [row(tmp_path, "c", scores=said(1))]), 32)
+    r, _ = rating_files.load(rows(tmp_path, lines + [row(tmp_path, "c", scores=said(1))]), 32)
     assert r.labels.tolist() == pytest.approx([3, 5.5, 1])
     # pooled within pictures: (1 + 1 + 0.25 + 0.25 + 1) / (1 + 2), numpy's ddof by hand
     assert r.noise_scale() == pytest.approx(math.sqrt((2 + 1.5) / 3))
-    assert math.isnan(R.load(rows(tmp_path, [row(tmp_path, "c")]), 32)[0].noise_scale())
+    assert math.isnan(rating_files.load(rows(tmp_path, [row(tmp_path, "c")]), 32)[0].noise_scale())
 
 
 def test_a_hole_may_be_told_by_the_difference_of_the_two_pictures(tmp_path):
@@ -75,7 +76,7 @@ def test_a_hole_may_be_told_by_the_difference_of_the_two_pictures(tmp_path):
     shown = np.asarray(Image.open(tmp_path / "7_m.png")).copy()
     shown[4:10, 8:20] = GREY
     Image.fromarray(shown).save(tmp_path / "7_m.png")
-    r, _ = R.load(rows(tmp_path, [line]), 32)
+    r, _ = rating_files.load(rows(tmp_path, [line]), 32)
     assert int(r.prompts.masks.sum()) == 6 * 12 and r.prompts.kinds == ["rectangle"]
 
 
@@ -100,7 +101,7 @@ def test_a_hole_may_be_told_by_the_difference_of_the_two_pictures(tmp_path):
 )
 def test_a_bad_row_is_named_with_file_line_and_reason_and_left_out(tmp_path, change, message):
     good, bad = row(tmp_path, "a"), row(tmp_path, "b") | change
-    r, problems = R.load(rows(tmp_path, [good, bad]), 32)
+    r, problems = rating_files.load(rows(tmp_path, [good, bad]), 32)
     assert len(r) == 1 and len(problems) == 1
     assert problems[0].startswith(f"{tmp_path / 'ratings.jsonl'}:2: ") and message in problems[0]
     assert "\n" not in problems[0]
@@ -109,7 +110,7 @@ def test_a_bad_row_is_named_with_file_line_and_reason_and_left_out(tmp_path, cha
 def test_what_is_no_row_at_all_is_named(tmp_path):
     good = row(tmp_path, "a")
     cut = json.dumps(row(tmp_path, "b"))[:40]
-    _, problems = R.load(rows(tmp_path, [good, cut, "[]", {"image": "x"}, good]), 32)
+    _, problems = rating_files.load(rows(tmp_path, [good, cut, "[]", {"image": "x"}, good]), 32)
     assert [p.split(": ", 1)[1][:17] for p in problems] == [
         "not a JSON object",
         "not a JSON object",
@@ -117,32 +118,32 @@ def test_what_is_no_row_at_all_is_named(tmp_path):
         "a_0.png was rated",
     ]
     with pytest.raises(ValueError, match="no usable rating; the first of 1 problems: .*cut|no usable rating.*JSON"):
-        R.load(rows(tmp_path, [cut]), 32)
+        rating_files.load(rows(tmp_path, [cut]), 32)
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        R.load(tmp_path / "nowhere", 32)
+        rating_files.load(tmp_path / "nowhere", 32)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="neither ratings.jsonl nor JSON files"):
-        R.load(tmp_path / "empty", 32)
+        rating_files.load(tmp_path / "empty", 32)
 
 
 def test_a_damaged_picture_and_a_mask_without_a_hole_are_left_out(tmp_path):
     lines = [row(tmp_path, "a"), row(tmp_path, "b"), row(tmp_path, "c")]
     (tmp_path / "b_0.png").write_bytes(b"no picture")
     Image.new("L", (32, 32), 0).save(tmp_path / "c_h.png")
-    r, problems = R.load(rows(tmp_path, lines), 32)
+    r, problems = rating_files.load(rows(tmp_path, lines), 32)
     assert len(r) == 1 and "b_0.png: not a readable picture" in problems[0] and "no white pixel" in problems[1]
 
 
 def test_deep_nesting_a_mark_of_byte_order_and_another_encoding(tmp_path):
     good = row(tmp_path, "a")
-    r, problems = R.load(rows(tmp_path, [good, "[" * 100_000]), 32)
+    r, problems = rating_files.load(rows(tmp_path, [good, "[" * 100_000]), 32)
     assert len(r) == 1 and "not a JSON object" in problems[0]
     path = tmp_path / "ratings.jsonl"
     path.write_text(json.dumps(good), encoding="utf-8-sig")
-    assert len(R.load(tmp_path, 32)[0]) == 1
+    assert len(rating_files.load(tmp_path, 32)[0]) == 1
     path.write_bytes(b"\xff\xfe{}")
     with pytest.raises(ValueError, match="ratings.jsonl: not a text file in UTF-8"):
-        R.load(tmp_path, 32)
+        rating_files.load(tmp_path, 32)
 
 
 def test_two_masks_of_one_masked_picture_are_two_masks(tmp_path):
@@ -151,7 +152,7 @@ def test_two_masks_of_one_masked_picture_are_two_masks(tmp_path):
     other[:, 20:] = 255
     Image.fromarray(other).save(tmp_path / "other.png")
     b = row(tmp_path, "a", k=1) | {"mask": "other.png"}
-    r, _ = R.load(rows(tmp_path, [a, b]), 32)
+    r, _ = rating_files.load(rows(tmp_path, [a, b]), 32)
     assert r.prompts.masks[0, 0, 0].tolist() == [1.0] * 16 + [0.0] * 16
     assert r.prompts.masks[1, 0, 0].tolist() == [0.0] * 20 + [1.0] * 12
 
@@ -160,7 +161,7 @@ def test_pictures_that_do_not_belong_together_are_named(tmp_path):
     lines = [row(tmp_path, "a"), row(tmp_path, "b"), row(tmp_path, "c")]
     picture(tmp_path / "b_0.png", size=16)
     picture(tmp_path / "c_0.png", colour=(10, 220, 230))
-    r, problems = R.load(rows(tmp_path, lines), 32)
+    r, problems = rating_files.load(rows(tmp_path, lines), 32)
     assert len(r) == 1 and "differ in size: (16, 16), (32, 32)" in problems[0]
     assert "c_0.png differs from c_m.png where nothing was to be painted" in problems[1]
 
@@ -171,10 +172,10 @@ def test_one_masked_picture_under_two_ids_is_one_prompt(tmp_path):
     for n, colour in (("a", (0, 0, 0)), ("b", (250, 0, 0)), ("c", (0, 0, 0)), ("d", (0, 0, 250))):
         for name in (f"{n}_0.png", f"{n}_m.png"):
             picture(tmp_path / name, colour=colour)
-    r, _ = R.load(rows(tmp_path, lines), 32)
+    r, _ = rating_files.load(rows(tmp_path, lines), 32)
     assert r.groups.tolist() == [0, 1, 0, 2]
     joined = [*lines[:2], lines[2] | {"prompt_id": "b"}, lines[3]]  # now a, b and c hang together
-    r, _ = R.load(rows(tmp_path, joined), 32)
+    r, _ = rating_files.load(rows(tmp_path, joined), 32)
     assert r.groups.tolist() == [0, 0, 0, 1]
 
 
@@ -185,13 +186,13 @@ def test_several_folders_are_read_as_one(tmp_path):
         rows(folder, [row(folder, name)])
         picture(folder / f"{name}_0.png", colour=(9 if name == "a" else 99, 0, 0))
         picture(folder / f"{name}_m.png", colour=(9 if name == "a" else 99, 0, 0))
-    r, _ = R.load(f"{tmp_path / 'a'},{tmp_path / 'b'}", 32)
+    r, _ = rating_files.load(f"{tmp_path / 'a'},{tmp_path / 'b'}", 32)
     assert len(r) == 2 and r.groups.tolist() == [0, 1]
 
 
 def test_another_scale_of_scores_can_be_named(tmp_path):
     line = row(tmp_path, scores={"structure": 0, "texture": 10, "overall": 10})
-    r, problems = R.load(rows(tmp_path, [line]), 32, 0, 10)
+    r, problems = rating_files.load(rows(tmp_path, [line]), 32, 0, 10)
     assert not problems and r.labels.tolist() == pytest.approx([8.5])
 
 
@@ -214,7 +215,7 @@ GROUPED = {"ade_01": {"ade_01_0": [3.5, 1], "ade_01_2": [2, 3]}, "n02": {"n02_1"
 
 @pytest.mark.parametrize("content", [FLAT, GROUPED], ids=["flat", "grouped"])
 def test_prefpaints_layout_is_read(tmp_path, content):
-    r, problems = R.load(prefpaint(tmp_path, content), 32)
+    r, problems = rating_files.load(prefpaint(tmp_path, content), 32)
     assert not problems and r.labels.tolist() == [3.5, 2, 6] and r.groups.tolist() == [0, 0, 1]
     assert r.prompts.masks.all() and r.strata == ["ade/full", "ade/full", "n/full"]
     assert math.isnan(r.noise_scale()) and r.truth is None
@@ -234,7 +235,7 @@ def test_prefpaints_layout_is_read(tmp_path, content):
 )
 def test_what_is_wrong_in_prefpaints_layout_is_one_line(tmp_path, content, message):
     try:
-        _, problems = R.load(prefpaint(tmp_path, content), 32)
+        _, problems = rating_files.load(prefpaint(tmp_path, content), 32)
         (line,) = problems
     except ValueError as e:
         line = str(e)
@@ -257,11 +258,11 @@ def test_prompts_with_a_single_rated_picture_are_counted():
 def test_the_kind_of_a_mask_is_told_by_its_outline(hole, kind):
     mask = torch.zeros(1, 32, 32)
     mask[0][hole] = 1
-    assert R.mask_kind(mask) == kind
+    assert rating_files.mask_kind(mask) == kind
     if kind == "rectangle":  # the other way round: a visible rectangle
-        assert R.mask_kind(1 - mask) == "square"
+        assert rating_files.mask_kind(1 - mask) == "square"
         mask[0, 8, 4] = 0  # a corner less: no rectangle any more
-        assert R.mask_kind(mask) == "warp"
+        assert rating_files.mask_kind(mask) == "warp"
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -274,8 +275,8 @@ def test_what_is_written_is_read_back(tmp_path):
     names = [f"p{i // 2}" for i in range(6)]
     widened = T([False, True] * 3)
     places = [(9, i // 2) for i in range(6)]
-    R.write(tmp_path, prompts, images, said, names, widened=widened, source="toy", places=places)
-    r, problems = R.load(tmp_path, 32)
+    rating_files.write(tmp_path, prompts, images, said, names, widened=widened, source="toy", places=places)
+    r, problems = rating_files.load(tmp_path, 32)
     assert not problems and (r.images - images).abs().max() < 0.5 / 255 + 1e-6
     assert torch.equal(r.prompts.masks, prompts.masks) and r.prompts.kinds == prompts.kinds
     assert (r.prompts.masked - prompts.masked).abs().max() < 0.5 / 255 + 1e-6
@@ -283,10 +284,10 @@ def test_what_is_written_is_read_back(tmp_path):
     assert r.groups.tolist() == [0, 0, 1, 1, 2, 2] and r.strata == [f"toy/{k}" for k in prompts.kinds]
     assert torch.allclose(r.raters, torch.stack([s.label for s in said], 1).double())
     with pytest.raises(ValueError, match="prompt p0 was rated before"):  # nothing that was saved is overwritten
-        R.write(tmp_path, prompts, images, said, names, widened=widened, source="toy")
+        rating_files.write(tmp_path, prompts, images, said, names, widened=widened, source="toy")
     more = [f"q{i}" for i in range(6)]
-    R.write(tmp_path, prompts, images, said, more, widened=widened, source="toy", places=places)
-    assert len(R.load(tmp_path, 32)[0]) == 12
+    rating_files.write(tmp_path, prompts, images, said, more, widened=widened, source="toy", places=places)
+    assert len(rating_files.load(tmp_path, 32)[0]) == 12
 
 
 # ------------------------------------------------------------------------------------------------ in memory

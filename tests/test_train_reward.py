@@ -11,6 +11,7 @@ from PIL import Image
 import train_reward
 from minipref import check_data, fit_reward
 from minipref.collect import collect, widen
+from minipref.data import rating_files
 from minipref.data import ratings as R
 from minipref.data.prompts import scene_prompts
 from minipref.pipeline import Pipeline, Sampling, load_unet
@@ -55,7 +56,7 @@ def test_a_run_leaves_model_ratings_pictures_and_figures(run):
 def test_its_figures_are_those_of_the_saved_model_on_prompts_that_it_never_saw(run):
     """Computed again from the files alone, on the third split, without the widened pictures."""
     folder, summary = run
-    r, _ = R.load(folder, 32)
+    r, _ = rating_files.load(folder, 32)
     third = r.select(R.split_by_prompt(r.groups, 0)["calibration"])
     own = third.select(~third.widened)
     model = load_reward(f"model:{folder}", lambda: None, lambda: None)
@@ -96,7 +97,7 @@ def test_every_objective_and_tower_goes_from_ratings_to_a_model(run, tmp_path, m
 
 def test_ridge_and_V_never_see_the_prompts_that_features_learned_from(run):
     """Other labels on the first split change the features; other labels on the third change nothing at all."""
-    r, _ = R.load(run[0], 32)
+    r, _ = rating_files.load(run[0], 32)
     at = R.split_by_prompt(r.groups, 0)
     cfg = train_reward.RewardConfig(epochs=1, dim=8)
     pipe = Pipeline.load(None)
@@ -115,7 +116,7 @@ def test_ridge_and_V_never_see_the_prompts_that_features_learned_from(run):
 
 
 def test_the_noise_of_a_mean_label_is_the_raters_over_the_root_of_their_number(run):
-    r, _ = R.load(run[0], 32)
+    r, _ = rating_files.load(run[0], 32)
     part = r.select(R.split_by_prompt(r.groups, 0)["ridge"])
     cfg, norms = train_reward.RewardConfig(dim=8), {"": (4.0, 2.0)}
     features = fit_reward.new_features(cfg, Pipeline.load(None))
@@ -170,7 +171,7 @@ def test_a_second_round_rates_a_policy_and_shows_the_error_on_it_before_and_afte
     policy = aligned_run(tmp_path / "rl")
     flags = {"ratings": run[0], "resume_with": policy, "second_prompts": 20, "policies": policy}
     summary = train(tmp_path / "x", monkeypatch, **flags)
-    new, _ = R.load(tmp_path / "x" / "ratings-second", 32)
+    new, _ = rating_files.load(tmp_path / "x" / "ratings-second", 32)
     third = R.split_for_fit(new, 0)["calibration"]
     model = load_reward(f"model:{tmp_path / 'x'}", lambda: None, lambda: None)
     norms = model.calibration.label_norms
@@ -181,7 +182,7 @@ def test_a_second_round_rates_a_policy_and_shows_the_error_on_it_before_and_afte
     third_round = train(tmp_path / "y", monkeypatch, ratings=f"{run[0]},{tmp_path / 'x'}", epochs=1)
     assert third_round["rated"] == 96 + 40  # rounds add up
     assert len(new) == 40 and not new.widened.any()
-    old, _ = R.load(run[0], 32)
+    old, _ = rating_files.load(run[0], 32)
     assert not set(new.prompts.scenes) & set(old.prompts.scenes)
 
 
@@ -189,7 +190,7 @@ def test_collected_ratings_are_of_the_policys_completions(tmp_path):
     pipe = Pipeline.load(None)
     flags = {"seed": 3, "start": 5, "prompts": 2, "samples": 3, "how": Sampling(2)}
     collect(tmp_path / "a", pipe, pipe.unet, **flags)
-    r, _ = R.load(tmp_path / "a", 32)
+    r, _ = rating_files.load(tmp_path / "a", 32)
     assert len(r) == 2 * (3 + 2) and r.raters.shape == (10, 3) and r.widened.sum() == 4
     known = (r.prompts.masks < 0.5).expand_as(r.images)
     assert torch.equal(r.images[known], r.prompts.masked[known])

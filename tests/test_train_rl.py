@@ -13,6 +13,7 @@ from PIL import Image
 import train_rl
 from minipref import evaluate, sample
 from minipref.data.prompts import scene_prompts
+from minipref.data.scenes import HELD_OUT_WORLD, draw, scenes, world
 from minipref.diffusion import ddim_step, predict
 from minipref.pipeline import SHIPPED, Pipeline, Sampling, load_unet
 from minipref.runtime import checkpoint
@@ -143,6 +144,21 @@ def test_micro_batching_gives_the_same_gradient(tmp_path, monkeypatch, kl_weight
 
 def test_each_rollout_is_trained_in_as_many_updates_as_asked_for(tmp_path, monkeypatch):
     assert len(gradients(tmp_path / "a", monkeypatch, updates=3)) == 3
+    assert len(gradients(tmp_path / "b", monkeypatch, updates=4)) == 4  # of six completions
+    with pytest.raises(ValueError, match="--updates 7: more than the 6 completions"):
+        train(tmp_path / "c", monkeypatch, updates=7)
+
+
+def test_a_run_is_read_from_other_folders_than_it_was_started_in(tmp_path, monkeypatch, capsys):
+    """The reward model that it names by a relative path is found again."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "mine").mkdir()
+    (tmp_path / "here" / "mine" / "reward.pt").write_bytes((SHIPPED / "reward.pt").read_bytes())
+    train(tmp_path / "run", monkeypatch, epochs=1, reward="0.5*model:mine+0.5*brightness")
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["--run", str(tmp_path / "run"), "--prompts", "8", "--best-of", "1", "--steps", "2"])
+    assert "WinRate" in capsys.readouterr().out
 
 
 def test_trust_and_kl_change_the_update_and_can_be_switched_off(run, tmp_path, monkeypatch):
@@ -255,6 +271,27 @@ def test_evaluate_reports_both_models_and_the_base_against_itself(run, capsys):
         text.count("| base against itself |") == text.count("| aligned against base |") == 4
     )  # two judges, S = 1 and 3
     assert "nats" in text
+
+
+def test_evaluate_without_a_run_judges_text_to_image(capsys, tmp_path):
+    """The shipped weights, and those of a folder; with every true picture in place of the model's, all is obeyed."""
+    evaluate.main(["--prompts", "8", "--steps", "2"])
+    text = capsys.readouterr().out
+    assert "| things | captions | background | shape | colour | second | all |" in text and "guidance 3, seed 0" in text
+    for name in ("unet.pt", "clip.pt"):
+        (tmp_path / name).write_bytes((SHIPPED / name).read_bytes())
+    evaluate.main(["--prompts", "8", "--steps", "2", "--weights", str(tmp_path)])
+    assert capsys.readouterr().out == text
+    with pytest.MonkeyPatch.context() as patch:
+        batch = scenes(world(HELD_OUT_WORLD, 0), 0, 16)
+        patch.setattr(Pipeline, "complete", lambda *a, **k: draw(batch))
+        evaluate.main(["--prompts", "16"])
+        assert "| any | 16 | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 |" in capsys.readouterr().out
+        patch.setattr(Pipeline, "complete", lambda *a, **k: torch.zeros(16, 3, 32, 32))
+        evaluate.main(["--prompts", "16"])
+        assert re.search(r"\| any \| 16 \| 0\.\d+ \| 0\.000 \| 0\.000 \|", capsys.readouterr().out)
+    with pytest.raises(ValueError, match="--weights: belongs to text-to-image"):
+        evaluate.main(["--run", "x", "--weights", str(tmp_path)])
 
 
 def test_the_base_against_itself_wins_s_of_s_plus_one(tmp_path, run):

@@ -75,6 +75,12 @@ def scene_prompts(seed: int, start: int, count: int) -> Prompts:
     return Prompts(draw(batch), masks, [""] * count, kinds, batch)
 
 
+def text_prompts(texts: list[str]) -> Prompts:
+    """Texts alone: everything is hole, as text-to-image."""
+    n = len(texts)
+    return Prompts(torch.full((n, 3, SIZE, SIZE), 0.5), torch.ones(n, 1, SIZE, SIZE), texts, ["full"] * n)
+
+
 def picture_prompts(images: Tensor, seed: int, start: int, count: int) -> Prompts:
     """Your pictures (N, 3, S, S), in turn, each time with another outpainting mask."""
     index = [i % len(images) for i in range(start, start + count)]

@@ -1,7 +1,7 @@
 """CLIP (Radford et al. 2021) from scratch: two transformers that put pictures and captions into one space.
 
-Configuration names and state-dict keys are those of transformers' `CLIPModel`. The text tower's last hidden
-state conditions the UNet, as in Stable Diffusion; both towers serve rewards and metrics.
+Configuration names and state-dict keys are those of transformers' `CLIPModel`. A hidden state of the text tower
+conditions the UNet, as in Stable Diffusion; both towers serve rewards and metrics.
 
 Shapes: B batch · L text tokens · D width of a tower · P width of the shared space.
 """
@@ -31,6 +31,9 @@ class CLIPConfig:
     text_heads: int = 8
     text_intermediate_size: int = 2048
     eos_token_id: int = 49407
+    # Last layers that the UNet's condition leaves out. Stable Diffusion 2.x leaves out one, but its published text
+    # encoder is stored without it: 0 for the files of 1.x and 2.x.
+    context_skip: int = 0
     # vision tower
     image_size: int = 224
     patch_size: int = 32
@@ -45,6 +48,10 @@ class CLIPConfig:
     def __post_init__(self):
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise ValueError(f"CLIPConfig: hidden_act={self.hidden_act!r}; choose quick_gelu or gelu")
+        if not 0 <= self.context_skip <= self.text_layers:
+            raise ValueError(
+                f"CLIPConfig: context_skip={self.context_skip}; the text tower has {self.text_layers} layers"
+            )
 
 
 class _SelfAttention(nn.Module):
@@ -115,9 +122,16 @@ class TextTower(nn.Module):
         )
         self.final_layer_norm = nn.LayerNorm(c.text_hidden_size, eps=c.layer_norm_eps)
 
+    def hidden(self, ids: Tensor, skip: int) -> Tensor:
+        """ids (B, L) -> the hidden state (B, L, D) before the last `skip` layers, through the final norm."""
+        x = self.embeddings(ids)
+        for layer in self.encoder.layers[: len(self.encoder.layers) - skip]:
+            x = layer(x, causal=True)
+        return self.final_layer_norm(x)
+
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, L) -> last hidden state (B, L, D), and the state at the end-of-text token (B, D)."""
-        x = self.final_layer_norm(self.encoder(self.embeddings(ids), causal=True))
+        x = self.hidden(ids, 0)
         # Published configurations say eos_token_id = 2 although their end token is the highest id.
         end = ids.argmax(1) if self.eos_token_id == 2 else (ids == self.eos_token_id).int().argmax(1)
         return x, x[torch.arange(len(x), device=x.device), end]
@@ -190,8 +204,8 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)[1]), dim=-1)
 
     def context(self, ids: Tensor) -> Tensor:
-        """token ids (B, L) -> the UNet's text condition (B, L, D)."""
-        return self.text_model(ids)[0]
+        """token ids (B, L) -> the UNet's text condition (B, L, D): what the tower knows of each word."""
+        return self.text_model.hidden(ids, self.config.context_skip)
 
 
 def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:

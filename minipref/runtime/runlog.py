@@ -26,6 +26,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def read_json(path: Path) -> dict:
+    """An object of a JSON file, empty where there is none. ValueError in one line where it cannot be read."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path}: not readable as JSON, cut short or damaged ({e})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object")
+    return content
+
+
 class RunFolder:
     """Creates the folder and writes into it; nothing that lies there is ever overwritten by another run."""
 

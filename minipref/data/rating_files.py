@@ -1,0 +1,361 @@
+"""Rated completions on disk: the project's `ratings.jsonl` and the layout of PrefPaint's release.
+
+ratings.jsonl, one JSON object a line, paths relative to the file:
+
+    {"image": "images/7_0.png", "masked": "masked/7.png", "mask": "masks/7.png", "prompt_id": "7",
+     "scores": {"structure": 5, "texture": 6, "overall": 5}}
+
+"scores" is one rating or a list of them, one a rater (repeated ratings tell how noisy raters are). Optional: "kind" of
+mask and "source" of picture, by which labels are normalised; "mask" (else the hole is where `masked` and `image`
+differ); "origin" ("completion", or "widened" where a picture was spoilt or mended by hand); "scene" (seed, number) of a
+toy scene, so that its true rating is known.
+
+PrefPaint's layout: inpaint/ID_k.png, masks/ID_mask.png (white = hole), masks_color/ID_mask_color.png, and JSON files
+that hold {"ID_k": [score, rank], …}, flat or grouped by ID.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..runtime.checkpoint import atomic_write
+from .annotator import HIGHEST, LOWEST, WEIGHTS, Rating
+from .folders import read_image, read_mask
+from .prompts import Prompts
+from .ratings import Ratings
+from .scenes import Scene, draw, scene
+
+STRANGE = 0.2  # mean difference of known pixels at which a completion is that of another picture
+ORIGINS = ("completion", "widened")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rated picture on disk, and where it was read (file and line, or key)."""
+
+    where: str
+    image: Path
+    masked: Path
+    mask: Path | None
+    prompt_id: str
+    labels: tuple[float, ...]  # one a rater, 0.15·structure + 0.15·texture + 0.7·overall
+    kind: str = ""
+    source: str = ""
+    origin: str = "completion"
+    scene: tuple[int, int] | None = None
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def _png(x: Tensor, path: Path) -> None:
+    pixels = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(np.ascontiguousarray(pixels.squeeze())).save(path)
+
+
+def write(
+    folder: str | Path,
+    prompts: Prompts,
+    images: Tensor,
+    ratings: list[Rating],
+    names: list[str],
+    *,
+    widened: Tensor,
+    source: str,
+    places: list[tuple[int, int]] | None = None,
+) -> Path:
+    """Adds rated pictures to a folder: PNG files and lines of ratings.jsonl. Returns the path of ratings.jsonl.
+
+    prompts and images (N, 3, H, W), one `Rating` of N scores a rater, `names` the N prompt ids, `places` the N scenes
+    as (seed, number). The lines are written last and at once, so that a broken run leaves nothing half.
+    """
+    folder = Path(folder)
+    for part in ("images", "masked", "masks"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    path = folder / "ratings.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    taken = {json.loads(line)["prompt_id"] for line in lines}
+    if twice := sorted(taken & set(names)):
+        raise ValueError(f"{path}: prompt {twice[0]} was rated before; write to another folder")
+    masked, seen = prompts.masked, dict[str, int]()
+    for i, name in enumerate(names):
+        k = seen[name] = seen.get(name, -1) + 1
+        row: dict = {"image": f"images/{name}_{k}.png", "masked": f"masked/{name}.png", "mask": f"masks/{name}.png"}
+        _png(images[i], folder / row["image"])
+        if k == 0:
+            _png(masked[i], folder / row["masked"])
+            _png(prompts.masks[i], folder / row["mask"])
+        scores = [{part: float(getattr(r, part)[i]) for part in WEIGHTS} for r in ratings]
+        row |= {"prompt_id": name, "kind": prompts.kinds[i], "source": source, "scores": scores}
+        row |= {"origin": "widened"} if widened[i] else {}
+        row |= {"scene": list(places[i])} if places else {}
+        lines.append(json.dumps(row))
+    atomic_write(path, lambda p: p.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def _number(value, what: str, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise ValueError(f"{what} is {value!r}, expected a number from {low:g} to {high:g}")
+    if not low <= value <= high:  # exact for integers of any length
+        raise ValueError(f"{what} is {str(value)[:20]}, outside {low:g} to {high:g}")
+    return float(value)
+
+
+def _label(scores, low: float, high: float) -> float:
+    if not isinstance(scores, dict) or set(scores) != set(WEIGHTS):
+        raise ValueError(f"scores {scores!r}: expected {', '.join(WEIGHTS)}")
+    return sum(w * _number(scores[part], f"the score of {part}", low, high) for part, w in WEIGHTS.items())
+
+
+def _jsonl_row(line: str, where: str, root: Path, low: float, high: float) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"not a JSON object ({e})") from None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    missing = [k for k in ("image", "masked", "prompt_id", "scores") if row.get(k) is None]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}")
+    said = row["scores"] if isinstance(row["scores"], list) else [row["scores"]]
+    if not said:
+        raise ValueError("has no scores")
+    scene = row.get("scene")
+    numbers = isinstance(scene, list) and len(scene) == 2 and all(type(v) is int and v >= 0 for v in scene)
+    if scene is not None and not numbers:
+        raise ValueError(f"scene {scene!r}: expected [seed, number], both 0 or more")
+    if row.get("origin", ORIGINS[0]) not in ORIGINS:
+        raise ValueError(f"origin {row['origin']!r}: expected {' or '.join(ORIGINS)}")
+    return Row(
+        where,
+        root / str(row["image"]),
+        root / str(row["masked"]),
+        root / str(row["mask"]) if row.get("mask") else None,
+        str(row["prompt_id"]),
+        tuple(_label(s, low, high) for s in said),
+        str(row.get("kind", "")),
+        str(row.get("source", "")),
+        str(row.get("origin", "completion")),
+        (scene[0], scene[1]) if scene else None,
+    )
+
+
+class _Pairs(list):
+    """A JSON object as (key, value) pairs."""
+
+
+def _prefpaint_rows(file: Path, root: Path, low: float, high: float) -> tuple[list[Row], list[str]]:
+    try:  # objects as lists of pairs: a dictionary would drop ids that stand there twice
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}: not readable as JSON, cut short or damaged ({e})") from None
+    if not isinstance(content, _Pairs):
+        raise ValueError(f"{file}: expected an object of ratings, {{'ID_k': [score, rank]}}")
+    flat: list[tuple[str, object]] = []
+    for key, value in content:
+        flat += value if isinstance(value, _Pairs) else [(key, value)]
+    rows, problems = [], []
+    for key, value in flat:
+        where, name = f"{file}: {key}", key.rpartition("_")[0]
+        try:
+            if not name:
+                raise ValueError("expected a key ID_k, a prompt and the number of its completion")
+            if not isinstance(value, list) or len(value) != 2:
+                raise ValueError(f"{value!r}: expected [score, rank]")
+            label = _number(value[0], "the score", low, high)
+            source = (re.match(r"[A-Za-z_]*", name) or [""])[0].strip("_")
+            masked = root / "masks_color" / f"{name}_mask_color.png"
+            mask = root / "masks" / f"{name}_mask.png"
+            rows.append(Row(where, root / "inpaint" / f"{key}.png", masked, mask, name, (label,), source=source))
+        except ValueError as e:
+            problems.append(f"{where}: {e}")
+    return rows, problems
+
+
+def _files(path: Path) -> list[tuple[Path, Path]]:
+    """The rating files that a path means, each with the folder that its pictures are relative to."""
+    if path.is_file():
+        return [(path, path.parent)]
+    if (path / "ratings.jsonl").is_file():
+        return [(path / "ratings.jsonl", path)]
+    if (path / "inpaint").is_dir():
+        return [(f, path) for f in sorted(path.glob("*.json"))]
+    return [(f, f.parent) for f in sorted(path.glob("ratings*/ratings.jsonl"))]  # a run of train_reward.py
+
+
+def scan(path: str | Path, low: float = LOWEST, high: float = HIGHEST) -> tuple[list[Row], list[str]]:
+    """The rows of a folder of ratings, or of several (A,B), and one line for each row that is left out.
+
+    Raises FileNotFoundError or ValueError where there is nothing that can be read at all.
+    """
+    if not low < high:
+        raise ValueError(f"scores from {low:g} to {high:g}: the lowest must be smaller than the highest")
+    rows: list[Row] = []
+    problems: list[str] = []
+    for part in [Path(x) for x in str(path).split(",")]:
+        if not part.exists():
+            raise FileNotFoundError(f"{part}: no such folder of ratings")
+        files = _files(part)
+        if not files:
+            raise ValueError(f"{part}: holds neither ratings.jsonl nor JSON files beside inpaint/ and masks/")
+        for file, root in files:
+            if file.suffix != ".jsonl":
+                own, bad = _prefpaint_rows(file, root, low, high)
+                rows, problems = rows + own, problems + bad
+                continue
+            try:
+                lines = file.read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{file}: not a text file in UTF-8 ({e.reason} at byte {e.start})") from None
+            for i, line in enumerate(lines, start=1):
+                try:
+                    if line.strip():
+                        rows.append(_jsonl_row(line, f"{file}:{i}", root, low, high))
+                except ValueError as e:
+                    problems.append(f"{file}:{i}: {e}")
+    kept, first = [], dict[Path, str]()
+    for row in rows:
+        if row.image in first:
+            problems.append(f"{row.where}: {row.image.name} was rated before, at {first[row.image]}")
+            continue
+        first[row.image] = row.where
+        lacking = [p for p in (row.image, row.masked, row.mask) if p is not None and not p.is_file()]
+        if lacking:
+            problems.append(f"{row.where}: {lacking[0]} is missing")
+            continue
+        kept.append(row)
+    return kept, problems
+
+
+def mask_kind(mask: Tensor) -> str:
+    """What kind of hole a mask (1, H, W) has, by its outline: square, strip, rectangle, full, or warp for any other."""
+    known = mask[0] < 0.5
+    if not known.any():
+        return "full"
+
+    def fills_its_box(where: Tensor) -> tuple[bool, int]:
+        y, x = where.nonzero().T
+        height, width = int(y.max() - y.min()) + 1, int(x.max() - x.min()) + 1
+        return height * width == len(y), height
+
+    box, height = fills_its_box(known)
+    if box:
+        return "strip" if height == mask.shape[-2] else "square"
+    return "rectangle" if fills_its_box(~known)[0] else "warp"
+
+
+def _pictures(row: Row, size: int, read: Callable) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Completion and masked picture (3, size, size), and the hole (1, size, size) where a mask was named."""
+    image, shown = read_image(row.image, size), read(row.masked, size)
+    files = [p for p in (row.image, row.masked, row.mask) if p is not None]
+    sizes = {Image.open(p).size for p in files}
+    if len(sizes) > 1:
+        raise ValueError(f"picture, masked picture and mask differ in size: {', '.join(map(str, sorted(sizes)))}")
+    if row.mask is None:
+        return image, shown, None
+    hole = read_mask(row.mask, sizes.pop()[::-1], size)
+    known = (hole < 0.5).expand_as(image)
+    if known.any() and float((image - shown)[known].abs().mean()) > STRANGE:
+        raise ValueError(f"{row.image.name} differs from {row.masked.name} where nothing was to be painted")
+    return image, shown, hole
+
+
+def _prompt_numbers(rows: list[Row], pictures: list[Tensor], masks: list[Tensor]) -> Tensor:
+    """One number a prompt, (N,). The same masked picture under two prompt ids is one prompt: ids that a data set gives
+    carelessly must not carry a picture from one split into another."""
+    home: dict[object, int] = {}
+    number: list[int] = []
+    for row, shown, mask in zip(rows, pictures, masks):
+        keys: tuple[object, ...] = (row.prompt_id,)
+        if mask.min() < 0.5:  # where all is hole, all masked pictures are alike
+            keys += (hashlib.sha256(shown.numpy().tobytes()).digest(),)
+        known = [home[k] for k in keys if k in home]
+        n = min(known, default=len(number))  # larger than any that was given
+        for other in set(known) - {n}:  # two prompts turn out to be one
+            number = [n if m == other else m for m in number]
+            home = {k: n if m == other else m for k, m in home.items()}
+        home |= dict.fromkeys(keys, n)
+        number.append(n)
+    return torch.tensor(number).unique(return_inverse=True)[1]
+
+
+def _toy_scene(row: Row, shown: Tensor, hole: Tensor) -> Scene:
+    """The true scene of a toy row; raises ValueError where its known pixels are not those of the masked picture."""
+    assert row.scene is not None
+    found = scene(*row.scene)
+    known = (hole < 0.5).expand_as(shown)
+    if not torch.allclose(draw([found])[0][known], shown[known], atol=1 / 255):
+        raise ValueError(f"scene {list(row.scene)} is not what {row.masked.name} shows: rated in another toy world")
+    return found
+
+
+def load(path: str | Path, size: int, low: float = LOWEST, high: float = HIGHEST) -> tuple[Ratings, list[str]]:
+    """The ratings of a folder, or of several (A,B), and a line for each that was left out. ValueError if none is left.
+
+    Pictures become (3, size, size). A hole that touches any part of a pixel makes it hole.
+    """
+    rows, problems = scan(path, low, high)
+    read_once = functools.cache(read_image)
+    read: list[tuple[Row, Tensor, Tensor, Tensor | None]] = []
+    unions: dict[Path, Tensor] = {}  # where no mask is named: what any completion changed
+    for row in rows:
+        try:
+            image, shown, hole = _pictures(row, size, read_once)
+        except (ValueError, OSError) as e:
+            problems.append(f"{row.where}: {e}")
+            continue
+        if hole is None:
+            changed = ((shown - image).abs().amax(0, keepdim=True) > 0.05).float()
+            unions[row.masked] = torch.maximum(unions.get(row.masked, changed), changed)
+        read.append((row, image, shown, hole))
+    checked: dict[tuple[int, int] | None, Scene | None] = {None: None}
+    kept: list[Row] = []
+    images, masked, masks, found = list[Tensor](), list[Tensor](), list[Tensor](), list[Scene | None]()
+    for row, image, shown, named in read:
+        hole = unions[row.masked] if named is None else named
+        try:
+            if not hole.any():
+                raise ValueError(f"{row.masked} shows no hole")
+            if row.scene not in checked:
+                checked[row.scene] = _toy_scene(row, shown, hole)
+            found.append(checked[row.scene])
+        except ValueError as e:
+            problems.append(f"{row.where}: {e}")
+            continue
+        kept.append(row)
+        images.append(image)
+        masked.append(shown)
+        masks.append(hole)
+    if not kept:
+        first = f"; the first of {len(problems)} problems: {problems[0]}" if problems else ""
+        raise ValueError(f"{path}: no usable rating{first}")
+    raters = torch.full((len(kept), max(len(r.labels) for r in kept)), math.nan, dtype=torch.float64)
+    for line, row in zip(raters, kept):
+        line[: len(row.labels)] = torch.tensor(row.labels, dtype=torch.float64)
+    scenes_known = [s for s in found if s is not None]
+    prompts = Prompts(
+        torch.stack(masked),
+        torch.stack(masks),
+        [""] * len(kept),
+        [r.kind or mask_kind(m) for r, m in zip(kept, masks)],
+        scenes_known if len(scenes_known) == len(kept) else None,
+    )
+    widened = torch.tensor([r.origin == "widened" for r in kept])
+    groups = _prompt_numbers(kept, list(prompts.masked), masks)
+    return Ratings(prompts, torch.stack(images), raters, groups, [r.source for r in kept], widened), problems

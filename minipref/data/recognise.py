@@ -1,0 +1,144 @@
+"""What a picture of the toy world shows: its background and its things, found by template.
+
+This is the toy's *true* measure of whether a picture shows what its text asks for: no learned encoder takes part.
+Things of one scene do not touch, and no pattern holds the background's colour, so each thing is one connected patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .scenes import COLOURS, OVERSAMPLE, RGB, SHAPES, Scene, Thing, stamp
+
+SMALLEST = 12  # pixels; smaller patches are specks, not things
+TEMPLATE = 30  # pixels, height and width of a template; odd and even centres fit
+RADIUS_STEP = 0.5  # pixels between templates
+RADIUS_RANGE = (5.0, 11.5)
+OVERLAP = 0.75  # with its template, for a patch to count as that shape
+COLOURS_SHARE = 0.6  # of a patch, in the thing's colours
+COLOUR_PRESENT = 0.25  # of a patch in each of the thing's colours, over their number
+DIFFERENT = 0.25  # RGB distance from the background at which a pixel belongs to a thing
+
+
+@dataclass(frozen=True)
+class Found:
+    """A patch and the template that covers it best."""
+
+    shape: str
+    overlap: float  # intersection over union with the best template, 0 to 1
+    runner_up: float  # the best overlap of any other shape
+    radius: float
+    x: float  # of the template's centre, pixels
+    y: float
+    colours: dict[str, float]  # share of the pixels under the template that are nearest to each palette colour
+
+
+@lru_cache(maxsize=1)
+def _templates() -> tuple[Tensor, list[tuple[str, float, float, float]]]:
+    """Masks (K, TEMPLATE, TEMPLATE) of every shape, radius and half-pixel offset; (shape, radius, dx, dy) of each."""
+    masks, names, middle = [], [], TEMPLATE // 2
+    for shape in SHAPES:
+        for radius in np.arange(RADIUS_RANGE[0], RADIUS_RANGE[1] + 1e-9, RADIUS_STEP):
+            s = stamp(shape, "plain", float(radius)) > 0
+            n = s.shape[0] // 2
+            for dy in (0, OVERSAMPLE // 2):
+                for dx in (0, OVERSAMPLE // 2):
+                    canvas = np.zeros((TEMPLATE * OVERSAMPLE,) * 2, bool)
+                    top, left = middle * OVERSAMPLE + dy - n, middle * OVERSAMPLE + dx - n
+                    canvas[top : top + 2 * n, left : left + 2 * n] = s
+                    cover = canvas.reshape(TEMPLATE, OVERSAMPLE, TEMPLATE, OVERSAMPLE).mean((1, 3))
+                    masks.append(cover >= 0.5)
+                    names.append((shape, float(radius), dx / OVERSAMPLE, dy / OVERSAMPLE))
+    return torch.from_numpy(np.stack(masks)).float(), names
+
+
+def nearest_colours(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the nearest palette colour and the RGB distance to it: (B, 3, H, W) -> (B, H, W) twice."""
+    palette = torch.from_numpy(RGB).to(images)
+    apart = (images[:, None] - palette[None, :, :, None, None]).square().sum(2).sqrt()  # (B, 8, H, W)
+    distance, index = apart.min(1)
+    return index, distance
+
+
+def backgrounds(images: Tensor) -> list[str]:
+    """The colour that is nearest to most pixels; things never cover half of a picture."""
+    index, _ = nearest_colours(images)
+    return [COLOURS[int(i.flatten().bincount(minlength=len(COLOURS)).argmax())] for i in index]
+
+
+def patches(foreground: Tensor) -> list[Tensor]:
+    """Connected patches (4 neighbours) of a mask (H, W) bool, largest first, specks left out."""
+    H, W = foreground.shape
+    inside = foreground.float()
+    label = torch.arange(1, H * W + 1, dtype=torch.float32).reshape(H, W) * inside
+    while True:  # the largest number of a patch spreads until it fills the patch
+        across, along = (F.max_pool2d(label[None, None], k, 1, p) for k, p in (((1, 3), (0, 1)), ((3, 1), (1, 0))))
+        spread = torch.maximum(across, along)[0, 0] * inside
+        if torch.equal(spread, label):
+            break
+        label = spread
+    found = [label == v for v in label.unique().tolist() if v > 0]
+    return sorted((p for p in found if int(p.sum()) >= SMALLEST), key=lambda p: -int(p.sum()))
+
+
+def _fit(patch: Tensor, index: Tensor) -> Found:
+    masks, names = _templates()
+    H, W = patch.shape
+    middle = TEMPLATE // 2
+    # Correlation with every template at every whole-pixel centre: (K, H + 1, W + 1); [k, i, j] centres it at (i, j).
+    padded = F.pad(patch.float()[None, None], (middle,) * 4)
+    shared = F.conv2d(padded, masks[:, None])[0]
+    overlap = shared / (masks.sum((1, 2))[:, None, None] + patch.sum() - shared)
+    best, at = overlap.flatten(1).max(1)
+    k = int(best.argmax())
+    shape, radius, dx, dy = names[k]
+    i, j = divmod(int(at[k]), W + 1)
+    covered = F.pad(masks[k], (W,) * 4)[W + middle - i : W + middle - i + H, W + middle - j : W + middle - j + W] > 0
+    counts = index[covered].bincount(minlength=len(COLOURS)).double() / max(1, int(covered.sum()))
+    others = max(float(b) for b, n in zip(best.tolist(), names) if n[0] != shape)
+    shares = {c: float(s) for c, s in zip(COLOURS, counts) if s > 0}
+    return Found(shape, float(best[k]), others, radius, j + dx, i + dy, shares)
+
+
+def things(images: Tensor, most: int = 3) -> list[list[Found]]:
+    """The things of each picture, (B, 3, H, W) in [0, 1], largest first, at most `most`."""
+    index, _ = nearest_colours(images)
+    found = []
+    for x, i, name in zip(images, index, backgrounds(images)):
+        apart = (x - torch.from_numpy(RGB[COLOURS.index(name)])[:, None, None]).square().sum(0).sqrt()
+        found.append([_fit(p, i) for p in patches(apart > DIFFERENT)[:most]])
+    return found
+
+
+def shows(found: Found, thing: Thing) -> tuple[bool, bool]:
+    """Whether a patch has the thing's shape, and whether it has its colours."""
+    colours = {thing.colour, thing.second}
+    share = sum(found.colours.get(c, 0) for c in colours)
+    present = all(found.colours.get(c, 0) >= COLOUR_PRESENT / len(colours) for c in colours)
+    return found.shape == thing.shape and found.overlap >= OVERLAP, present and share >= COLOURS_SHARE
+
+
+def obeyed(images: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
+    """What of its scene each picture shows, wherever in the picture it stands: (B,) bool each.
+
+    `background`, `shape` and `colour` (both colours) of the first thing, `second` (shape and colours of the second
+    thing; true where the scene has none) and `all`. A patch stands for one thing only. Size, the kind of pattern and
+    things that nobody asked for are not judged.
+    """
+    rows = []
+    for name, patches_found, s in zip(backgrounds(images), things(images), scenes):
+        judged = [[shows(f, t) for f in patches_found] for t in s.things]
+        absent = [(False, False)] * len(s.things)
+        ways = permutations(range(len(patches_found) + len(absent)), len(s.things))  # beyond the last: not there
+        best = max(([(row + absent)[i] for row, i in zip(judged, way)] for way in ways), key=lambda w: sum(map(sum, w)))
+        rows.append((name == s.background, *best[0], all(map(all, best[1:]))))
+    columns = torch.tensor(rows).T
+    named = dict(zip(("background", "shape", "colour", "second"), columns))
+    return named | {"all": columns.all(0)}
