@@ -39,7 +39,7 @@ class RewardConfig(FitConfig):
     resume_with: str = opt("", "folder of an RL run whose policy's completions are rated and added: a second round")
     second_prompts: int = opt(300, "prompts of the second round", lo=8)
     out: str = opt("", "run folder; empty: runs/reward-small, or the next free name")
-    prompts: int = opt(1024, "toy prompts that are completed and rated", lo=20)
+    prompts: int = opt(1536, "toy prompts that are completed and rated", lo=20)
     samples: int = opt(3, "completions a prompt, beside two that are widened (PrefPaint: 3)", lo=2)
     steps: int = opt(6, "DDIM steps of a completion: those of RL", lo=2)
     compare: bool = opt(False, "also fit every kind of features and objective on these ratings and write a table")
@@ -79,7 +79,7 @@ def read(folder: str | Path, cfg: RewardConfig) -> tuple[R.Ratings, list[str], d
     """All usable ratings, what was left out and why, and the three splits."""
     low, high = (cfg.score_lo, cfg.score_hi) if cfg.ratings else (LOWEST, HIGHEST)
     rated, problems = rating_files.load(folder, SIZE, low, high)
-    return rated, problems, R.split_for_fit(rated, cfg.seed, cfg.objective == "pairs")
+    return rated, problems, R.split_for_fit(rated, cfg.seed, cfg.dim, cfg.objective == "pairs")
 
 
 def main() -> None:
@@ -94,12 +94,15 @@ def main() -> None:
     runs = {name: load_run(name, "", cfg.device) for name in names}
     if cfg.ratings:  # what cannot be learned from is refused before anything is written
         rated, problems, split = read(cfg.ratings, cfg)
+        if cfg.resume_with and rated.truth is None:
+            raise ValueError("--resume-with: simulated raters can add to ratings of toy scenes only")
+    if cfg.resume_with and runs[cfg.resume_with][0]["data"]:
+        raise ValueError(f"--resume-with {cfg.resume_with}: was aligned on pictures; the raters know toy scenes only")
     run = RunFolder(cfg.out, "runs/reward-small", asdict(cfg))
 
     # 1. Ratings: yours, or completions of the base model, rated and written to disk, then read back like yours.
-    how = Sampling(cfg.steps)
+    how, folder = Sampling(cfg.steps), cfg.ratings or run.path / "ratings"
     if not cfg.ratings:
-        folder = run.path / "ratings"
         collect(folder, pipe, pipe.unet, seed=cfg.seed, start=0, prompts=cfg.prompts, samples=cfg.samples, how=how)
         rated, problems, split = read(folder, cfg)
     for line in problems[:5]:
@@ -121,17 +124,19 @@ def main() -> None:
             own,
             policy,
             seed=cfg.seed,
-            start=next_number(rated),
+            start=next_number(folder),
             prompts=cfg.second_prompts,
             samples=cfg.samples,
             how=Sampling(config["steps"], config["eta"]),
             widened=False,
         )
-        new = R.split_for_fit(rating_files.load(run.path / "ratings-second", SIZE)[0], cfg.seed)
-        before = judge_reward(model, new["calibration"], cfg.delta).figures
-        split = {k: R.join(split[k], new[k]) for k in split}
+        earlier = len(rated)
+        rated, problems, split = read(f"{folder},{run.path / 'ratings-second'}", cfg)
+        third = split["calibration"]  # judged on prompts of the new round that neither fit has seen
+        new = third.select(~torch.isin(third.groups, rated.groups[:earlier]))
+        before = judge_reward(model, new, cfg.delta).figures
         model, judged, figures = fit(split, cfg, pipe, run.log)
-        after = judge_reward(model, new["calibration"], cfg.delta).figures
+        after = judge_reward(model, new, cfg.delta).figures
         figures |= {f"policy_{k}_{when}": f[k] for k in ON_POLICY for when, f in (("before", before), ("after", after))}
         print("\n".join(f"on the policy, {k}: {before[k]:.3f} -> {after[k]:.3f}" for k in ON_POLICY))
 
@@ -176,9 +181,9 @@ def main() -> None:
 ON_POLICY = ("mean_error_on_scale", "spearman", "within_prompt_correlation")
 
 
-def next_number(rated: R.Ratings) -> int:
+def next_number(folder: str | Path) -> int:
     """The first toy prompt of a further round: far beyond those of the first, after those of earlier rounds."""
-    return 500_000 + len(rated.groups.unique())
+    return max([500_000, *(1 + row.scene[1] for row in rating_files.scan(folder)[0] if row.scene)])
 
 
 if __name__ == "__main__":

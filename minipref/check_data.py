@@ -57,7 +57,8 @@ def check_ratings(path: Path, low: float, high: float) -> tuple[list[str], list[
     if lonely := R.lonely(r.groups):
         lines.append(f"{lonely} prompts have a single rated picture: nothing says which completion of them is better")
     try:
-        R.split_for_fit(r, 0)
+        split = R.split_for_fit(r, 0, 1)
+        lines.append(f"the last layer would be solved for on {len(split['ridge'])} of them: --dim must be smaller")
     except ValueError as e:
         problems.append(f"{path}: {e}")
     return lines, problems

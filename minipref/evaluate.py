@@ -26,7 +26,7 @@ from .report import rl_grid
 from .rewards import CheckedReward, LearnedReward, load_reward
 from .runtime.checkpoint import atomic_write
 from .runtime.config import opt, parse
-from .runtime.runlog import progress, read_json, read_run
+from .runtime.runlog import progress, read_run
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ def load_run(folder: str, which: str, device: str) -> tuple[dict, Pipeline, UNet
 
 
 def judged_by(folder: str | Path) -> str:
-    """Which weights a run's summary speaks of: "best" where the guard has stopped it, else "last"."""
-    return read_json(Path(folder) / "summary.json").get("judged", "last")
+    """Which weights a run speaks of: "best" where the guard has stopped it (its log says so), else "last"."""
+    log = Path(folder) / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    return "best" if lines and '"stopped": true' in lines[-1] else "last"
 
 
 def run_prompts(config: dict, start: int, count: int) -> Prompts:
@@ -154,7 +156,8 @@ def policy_gammas(
 ) -> dict[str, Tensor]:
     """gamma (N,) on completions of held-out prompts by the base model and by each run's policy."""
     prompts = scene_prompts(world(HELD_OUT_WORLD, seed), 0, 128)
-    policies = {"base": pipe.unet} | {Path(k).name: u for k, u in unets.items()}
+    short = ["base", *(Path(k).name for k in unets)]  # a name of its own for each, the whole path where need be
+    policies = {"base": pipe.unet} | {n if short.count(n) == 1 else k: unets[k] for n, k in zip(short[1:], unets)}
     scored = {k: model(pipe.complete(u, prompts, how, seed=seed, epoch=1), prompts) for k, u in policies.items()}
     return {k: s.trust for k, s in scored.items() if s.trust is not None}
 

@@ -38,8 +38,8 @@ class FitConfig:
     )
     bins: int = opt(7, "bins of equal share, where the objective is bins", lo=2, hi=50)
     epochs: int = opt(40, "passes over the first split", lo=1)
-    batch: int = opt(128, "rated pictures a batch (PrefPaint: 5)", lo=2)
-    lr: float = opt(0.0, "peak learning rate of AdamW; 0: 2e-3 for conv, 5e-4 for clip (PrefPaint: 1e-5)", lo=0)
+    batch: int = opt(32, "rated pictures a batch (PrefPaint: 5)", lo=2)
+    lr: float = opt(0.0, "peak learning rate of AdamW; 0: 1.5e-3 for conv, 5e-4 for clip (PrefPaint: 1e-5)", lo=0)
     dim: int = opt(64, "d, length of the feature z (PrefPaint: 256)", lo=1)
     # the last layer, its bound and its trust
     lam: float = opt(0.01, "lam, ridge penalty of the last layer (PrefPaint: 0.01)", lo=1e-9)
@@ -70,7 +70,7 @@ def fit_features(
     torch.manual_seed(cfg.seed)
     last = nn.Linear(dim, bins, bias=bins > 1)
     edges = y.double().quantile(torch.linspace(0, 1, cfg.bins + 1, dtype=torch.float64)[1:-1]).float()
-    peak = cfg.lr or (2e-3 if cfg.features == "conv" else 5e-4)
+    peak = cfg.lr or (1.5e-3 if cfg.features == "conv" else 5e-4)
     trained = [p for p in [*features.parameters(), *last.parameters()] if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=peak, weight_decay=0.01, fused=True)
     masked, masks = r.prompts.masked, r.prompts.masks
@@ -110,8 +110,6 @@ def solve(features: Any, r: R.Ratings, norms: dict, cfg: FitConfig) -> tuple[Lea
     Returns the model and two estimates of the noise scale: from raters who rated the same picture, and from the
     residuals, which also hold what no linear layer explains. The bound assumes the larger, unless told otherwise.
     """
-    if len(r) <= cfg.dim:
-        raise ValueError(f"the second split holds {len(r)} ratings for --dim {cfg.dim}: rate more or lower --dim")
     y, z = R.normalise(r.labels, r.strata, norms), features_of(features, r.images, r.prompts)
     ridge = ridge_fit(z, y, cfg.lam)
     # A label is the mean of its raters: its noise is theirs over the root of their number, in normalised units.

@@ -54,7 +54,7 @@ SMALL_UNET = UNetConfig(
     norm_num_groups=8,
 )
 
-SMALL_FEATURES = FeatureConfig(widths=(16, 32, 64), dim=64)
+SMALL_FEATURES = FeatureConfig(pixel_width=16, widths=(16, 32, 48, 64), dim=64)
 
 SMALL_SCHEDULE = ScheduleConfig(
     beta_schedule="squaredcos_cap_v2",

@@ -48,7 +48,7 @@ class PretrainConfig:
     clip_steps: int = opt(6000, "updates of the CLIP-like encoders", lo=1)
     clip_batch: int = opt(192, "pictures a contrastive batch", lo=2)
     clip_lr: float = opt(1e-3, "peak learning rate of the encoders", lo=0)
-    unet_steps: int = opt(25000, "updates of the UNet", lo=1)
+    unet_steps: int = opt(60000, "updates of the UNet", lo=1)
     unet_batch: int = opt(32, "pictures a batch of the UNet", lo=1)
     unet_lr: float = opt(2e-3, "peak learning rate of the UNet", lo=0)
     start_from: str = opt("", "folder whose unet.pt is trained on, with new scenes and noise; empty: from nothing")
@@ -56,7 +56,7 @@ class PretrainConfig:
     sloppy_share: float = opt(0.5, "share of the partial holes that are filled carelessly", lo=0, hi=1)
     full_share: float = opt(0.5, "share of full masks, that is of plain text-to-image", lo=0, hi=1)
     noisy_share: float = opt(0.7, "share of times drawn from the noisier 65 % of the schedule alone", lo=0, hi=1)
-    reward_prompts: int = opt(1024, "prompts whose completions are rated for the reward model", lo=20)
+    reward_prompts: int = opt(1536, "prompts whose completions are rated for the reward model", lo=20)
     reward_dim: int = opt(64, "d, length of the reward model's feature z", lo=1)
     device: str = opt("cpu", "where to train: cpu, cuda or mps")
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
@@ -175,6 +175,8 @@ def train_unet(cfg: PretrainConfig, out: Path, command: str) -> dict:
     unet, stages = UNet(SMALL_UNET), list[dict]()
     if cfg.start_from:
         start_from = Path(cfg.start_from) / "unet.pt"
+        if not start_from.exists() and (start_from.parent / UNFINISHED).exists():
+            start_from = start_from.parent / UNFINISHED
         earlier, its_schedule, meta = load_unet(start_from)
         if earlier.config != SMALL_UNET:
             raise ValueError(f"{start_from}: is configured differently from the small preset ({SMALL_UNET})")
@@ -236,7 +238,7 @@ def train_reward(cfg: PretrainConfig, out: Path, command: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         collect(folder, pipe, pipe.unet, seed=cfg.seed, start=0, prompts=cfg.reward_prompts)
         rated, _ = load_ratings(folder, S.SIZE)
-    model, _, figures = fit(split_for_fit(rated, cfg.seed), fit_cfg, pipe)
+    model, _, figures = fit(split_for_fit(rated, cfg.seed, cfg.reward_dim), fit_cfg, pipe)
     figures |= {"rated": len(rated), "seconds": time.time() - start}
     model.save(out / "reward.pt", {"seed": cfg.seed, **figures})
     return figures
@@ -252,6 +254,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--start-from needs --only unet: it continues the UNet alone, with the clip.pt in --out")
     if cfg.start_from and out.resolve() == Path(cfg.start_from).resolve():
         raise ValueError("--out and --start-from are the same folder: the earlier weights would be lost")
+    for part in ("clip", "unet", "reward"):
+        if cfg.only in ("all", part) and (out / f"{part}.pt").exists():
+            raise ValueError(f"--out {out}: holds a {part}.pt already; name another folder, or move it away")
     out.mkdir(parents=True, exist_ok=True)
     figures, command = read_json(out / "pretrain.json"), shlex.join(sys.argv[1:] if argv is None else argv)
     for part, train in (("clip", train_clip), ("unet", train_unet), ("reward", train_reward)):

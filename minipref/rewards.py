@@ -94,7 +94,8 @@ class Ridge:
 
         It holds all that zᵀpsi_* does not explain, the raters' noise and the misfit of a linear model alike.
         """
-        shrunk = 1 - self.lam / torch.linalg.eigvalsh(self.V_cholesky @ self.V_cholesky.T)  # eigenvalues of H
+        squares = torch.linalg.svdvals(Z.double()).square()
+        shrunk = squares / (squares + self.lam)  # eigenvalues of H
         freedom = len(y) - 2 * float(shrunk.sum()) + float(shrunk.square().sum())
         return math.sqrt(float((self(Z) - y.double()).square().sum()) / freedom)
 
@@ -114,17 +115,23 @@ class Ridge:
 
 
 def ridge_fit(Z: Tensor, y: Tensor, lam: float) -> Ridge:
-    """psi_hat = (Zᵀ Z + lam·I)⁻¹ Zᵀ y by Cholesky in float64 (PrefPaint Eqs. 3–4). Z (N, d), y (N,), lam > 0."""
+    """psi_hat = (Zᵀ Z + lam·I)⁻¹ Zᵀ y in float64 (PrefPaint Eqs. 3–4). Z (N, d), y (N,), lam > 0.
+
+    The Cholesky factor of V is read off a QR of Z over sqrt(lam)·I: V itself would square Z's condition number.
+    """
     if Z.ndim != 2 or y.shape != Z.shape[:1]:
         raise ValueError(f"ridge_fit: Z is {tuple(Z.shape)} and y {tuple(y.shape)}, expected (N, d) and (N,)")
     if not lam > 0:
         raise ValueError(f"ridge_fit: lam={lam}; a positive penalty keeps V invertible")
     if not (torch.isfinite(Z).all() and torch.isfinite(y).all()):
         raise ValueError("ridge_fit: features or labels are not finite; the features have diverged (lower --lr)")
-    Z, y = Z.double(), y.double()
-    V = Z.T @ Z + lam * torch.eye(Z.shape[1], dtype=torch.float64, device=Z.device)
-    L = torch.linalg.cholesky(V)
-    return Ridge(torch.cholesky_solve((Z.T @ y)[:, None], L)[:, 0], L, lam)
+    d = Z.shape[1]
+    over = torch.cat([Z.double(), math.sqrt(lam) * torch.eye(d, dtype=torch.float64, device=Z.device)])
+    Q, upper = torch.linalg.qr(over)
+    sign = upper.diagonal().sign()  # a Cholesky factor's diagonal is positive
+    L, right = (sign[:, None] * upper).T, sign * (Q[: len(y)].T @ y.double())
+    psi = torch.linalg.solve_triangular(L.T, right[:, None], upper=True)[:, 0]
+    return Ridge(psi, L.contiguous(), lam)
 
 
 def trust_weight(norm: Tensor, k: float, b: float, lo: float = 0.0, hi: float = math.inf) -> Tensor:

@@ -25,6 +25,7 @@ from .runtime.draw import grid, save, to_image
 @dataclass(frozen=True)
 class SampleConfig:
     run: str = opt("", "run folder of train_rl.py; empty: the base model alone")
+    weights: str = opt("", "without --run: folder with unet.pt and clip.pt; empty: the shipped small ones")
     checkpoint: str = opt(
         "", "last, best, or empty: the weights that the run was judged by", choices=("", "last", "best")
     )
@@ -73,10 +74,15 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(cfg.out or Path(cfg.run) / "sample.png")
     if out.suffix.lower() not in SUFFIXES or out.is_dir():
         raise ValueError(f"--out {out}: name a picture file, such as sample.png")
+    for given in (cfg.image, cfg.mask):
+        if given and out.resolve() == Path(given).resolve():
+            raise ValueError(f"--out {out}: is the picture to be read; name another file")
+    if cfg.run and cfg.weights:
+        raise ValueError("--weights: a run knows the weights that it started from")
     if cfg.run:
         config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device)
     else:
-        config, pipe, aligned = {}, Pipeline.load(None, cfg.device), None
+        config, pipe, aligned = {}, Pipeline.load(cfg.weights, cfg.device), None
     if unknown := pipe.tokenizer.unknown(cfg.prompt):
         print(f"note: the model has never seen: {', '.join(unknown)}")
     prompts = wanted(cfg, config)

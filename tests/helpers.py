@@ -17,7 +17,7 @@ def gaussian(*shape, seed=0):
 def learned(seed=0, **changes):
     """A reward model of random features, with trust weight exp(-1.5 norm + 0.3)."""
     torch.manual_seed(seed)
-    features = RewardFeatures(FeatureConfig(widths=(4, 6), dim=5))
+    features = RewardFeatures(FeatureConfig(pixel_width=4, widths=(4, 6), dim=5))
     ridge = R.ridge_fit(gaussian(40, 5), gaussian(40, seed=1), 0.5)
     known = {"k": 1.5, "b": 0.3, "norm_quantiles": {"0.5": 0.2, "0.99": 0.9}, "label_norms": NORMS}
     return R.LearnedReward(features, ridge, R.Calibration(**(known | {"noise_scale": 0.2, "psi_norm": 1.5} | changes)))

@@ -186,10 +186,19 @@ def test_fresh_features_look_as_trusted_as_left_out_ones():
 
 def test_ridge_stays_finite_on_rank_deficient_and_ill_conditioned_features():
     z = gaussian(50, 1)
-    for Z in (z.repeat(1, 6), torch.zeros(50, 6, dtype=DOUBLE), z * 10.0 ** torch.arange(-6, 6, 2, dtype=DOUBLE)):
+    extreme = [z.repeat(1, 6), torch.zeros(50, 6, dtype=DOUBLE), z * 10.0 ** torch.arange(-6, 6, 2, dtype=DOUBLE)]
+    for Z in (*extreme, 1e7 * z.repeat(1, 6)):
         ridge = R.ridge_fit(Z, gaussian(50, seed=1), 0.01)
         assert torch.isfinite(ridge.psi).all() and torch.isfinite(ridge.norm(gaussian(3, 6))).all()
         assert math.isfinite(ridge.log_det_ratio())
+
+
+def test_the_noise_from_residuals_does_not_suffer_from_badly_scaled_features():
+    """1,900 labels of scale 1 that have nothing to do with features of rank 8: 6 standard errors are 0.1, 2e-9."""
+    z = gaussian(1900, 8) @ gaussian(8, 64, seed=1)
+    for scale in (1.0, 1e3, 1e6):
+        y = gaussian(1900, seed=2)
+        assert abs(R.ridge_fit(scale * z, y, 1e-6).noise_from_residuals(scale * z, y) - 1) < 0.1
 
 
 def test_ridge_refuses_what_it_cannot_solve():

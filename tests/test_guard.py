@@ -67,7 +67,9 @@ def test_a_run_stops_and_is_judged_by_its_best_believed_weights(tmp_path, monkey
     best, last = (load_unet(tmp_path / "a" / f"{k}.pt")[2]["epoch"] for k in ("best", "last"))
     assert (best, last) == ((2, 3) if stopped else (4, 4))
     assert summary["judged"] == ("best" if stopped else "last")
+    (tmp_path / "a" / "summary.json").rename(tmp_path / "summary.json")  # a run that was cut off after the stop
     assert evaluate.judged_by(tmp_path / "a") == summary["judged"]
+    (tmp_path / "summary.json").rename(tmp_path / "a" / "summary.json")
     if stopped:  # the weights after two epochs are those that were judged
         CALLS.clear()
         short = train(tmp_path / "b", monkeypatch, reward=f"{__name__}:exploited", epochs=2, lr=0.01)

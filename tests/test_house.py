@@ -231,8 +231,14 @@ def test_a_run_folder_logs_plain_json_and_is_never_overwritten(tmp_path, monkeyp
     assert run.column("kl") == ([1], [0.123456789]) and read_run("runs/x") == {"seed": 1}
     assert (run.path / "command.txt").read_text(encoding="utf-8").startswith("python ")
     assert RunFolder("", "runs/x", {}).path == Path("runs/x-2")
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="holds something already"):
         RunFolder("runs/x", "", {})
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "reward.pt").touch()
+    with pytest.raises(ValueError, match="holds something already"):
+        RunFolder("weights", "", {})
+    (tmp_path / "empty").mkdir()
+    assert RunFolder("empty", "", {}).path == Path("empty")
     with pytest.raises(FileNotFoundError, match="no run lies there"):
         read_run("runs/none")
     (run.path / "config.json").write_text('{"seed":')
@@ -313,6 +319,10 @@ def test_a_mask_is_white_in_the_hole_and_as_large_as_its_picture(tmp_path):
     assert m.shape == (1, 32, 32) and m[0, :, 16:].min() == 1 and m[0, :, :16].max() == 0
     with pytest.raises(ValueError, match="60×40 pixels but the picture 50×50"):
         folders.read_mask(tmp_path / "m.png", (50, 50), 32)
+    clear = np.zeros((40, 60, 4), np.uint8)
+    clear[:, 30:] = 255
+    Image.fromarray(clear).save(tmp_path / "clear.png")  # white on transparency
+    assert torch.equal(folders.read_mask(tmp_path / "clear.png", (40, 60), 32), m)
     thin = np.zeros((512, 512), np.uint8)
     thin[:, 300:303] = 255
     Image.fromarray(thin).save(tmp_path / "thin.png")

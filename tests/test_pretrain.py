@@ -116,6 +116,18 @@ def test_pretraining_runs_from_nothing_to_a_model_that_samples(tmp_path, monkeyp
     assert second["meta"]["stages"][1]["command"].endswith(f"--out {more} --start-from {tmp_path}")
     assert second["meta"]["stages"][1]["unet_lr"] == 0 and second["meta"]["clip"] == first["meta"]["clip"]
     assert not list(tmp_path.rglob("*unfinished*"))
+    before = {p: p.read_bytes() for p in tmp_path.glob("*.pt")}
+    for only in ("all", "clip", "unet", "reward"):  # earlier weights are never overwritten
+        with pytest.raises(ValueError, match="holds a .*.pt already; name another folder"):
+            pretrain.main(["--small", *small.split(), str(tmp_path), "--only", only])
+    assert before == {p: p.read_bytes() for p in tmp_path.glob("*.pt")}
+    broken = tmp_path / "broken"  # an interrupted run can be trained on
+    broken.mkdir()
+    (broken / "unet-unfinished.pt").write_bytes((tmp_path / "unet.pt").read_bytes())
+    (tmp_path / "on").mkdir()
+    (tmp_path / "on" / "clip.pt").write_bytes((tmp_path / "clip.pt").read_bytes())
+    pretrain.main(["--small", *onward.split(), "--out", str(tmp_path / "on"), "--start-from", str(broken)])
+    assert len(torch.load(tmp_path / "on" / "unet.pt", weights_only=True)["meta"]["stages"]) == 2
     again = tmp_path / "again"
     pretrain.main(["--small", *small.split(), str(again)])
     for name in ("clip.pt", "unet.pt", "reward.pt"):  # the same seed gives the same weights

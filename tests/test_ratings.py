@@ -339,16 +339,6 @@ def test_equal_ratings_are_refused():
         R.label_norms(ratings([2.0, 2, 2]))
 
 
-def test_joined_ratings_keep_their_prompts_apart():
-    a, b = ratings([1.0, 2, 3], groups=T([0, 0, 1])), ratings([4.0, 5], groups=T([0, 1]))
-    both = R.join(a, b)
-    assert both.groups.tolist() == [0, 0, 1, 2, 3] and both.labels.tolist() == [1, 2, 3, 4, 5] and len(both) == 5
-    wide = R.Ratings(
-        b.prompts, b.images, T([[4.0, 6.0], [5.0, 5.0]], dtype=torch.float64), b.groups, b.sources, b.widened
-    )
-    assert R.join(a, wide).labels.tolist() == [1, 2, 3, 5, 5]
-
-
 def test_a_selection_keeps_what_belongs_together():
     r = ratings([1.0, 2, 3], sources=["a", "b", "c"], kinds=["full", "warp", "strip"])
     part = r.select(T([True, False, True]))

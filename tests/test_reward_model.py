@@ -52,52 +52,49 @@ def test_features_look_at_completion_masked_picture_and_mask():
     assert not torch.allclose(z, swapped)
 
 
-def test_features_pool_mean_and_maximum_over_the_hole_by_hand():
-    """One stage of identity convolutions over a constant picture: the mean and the maximum over the hole are known."""
-    tower = R.RewardFeatures(R.FeatureConfig(widths=(1,), dim=2))
-    for i in (0, 2):
-        torch.nn.init.dirac_(tower.stages[0][i].weight)
-        torch.nn.init.zeros_(tower.stages[0][i].bias)
+def identity_tower(channel, stages):
+    """Convolutions that pass one input channel on; z is what was pooled, single pixels first."""
+    dim = 2 * (1 + stages)
+    tower = R.RewardFeatures(R.FeatureConfig(pixel_width=1, widths=(1,) * stages, dim=dim))
     with torch.no_grad():
-        tower.project.weight.copy_(torch.eye(2))
-        tower.project.bias.zero_()
+        for p in tower.parameters():
+            p.zero_()
+        for i, stage in enumerate(tower.stages):
+            middle = stage[0].kernel_size[0] // 2
+            stage[0].weight[0, channel if i == 0 else 0, middle, middle] = stage[2].weight[0, 0, middle, middle] = 1
+        for layer in (tower.project[0], tower.project[2]):
+            layer.weight.copy_(torch.eye(dim))
+    return tower
+
+
+def test_features_pool_mean_and_maximum_over_the_hole_by_hand():
+    """Identity convolutions over a constant picture: the mean and the maximum over the hole are known at each depth."""
+    tower = identity_tower(0, 1)
     images = torch.full((1, 3, 4, 4), 0.5)
     images[0, 0, 0, 0], images[0, 0, 0, 1], images[0, 0, 3, 3] = 1.0, 0.75, 1.0  # the last lies outside the hole
     masks = torch.zeros(1, 1, 4, 4)
     masks[..., 0, :] = 1
     z = tower(images, images, masks)  # channel 0 of the input is 2·red − 1: 1, ½, 0, 0 in the hole
-    assert z[0].tolist() == pytest.approx([1.5 / 4, 1.0])
-
-
-def identity_tower(channel, stages):
-    """Convolutions that pass one input channel on; z is what was pooled."""
-    tower = R.RewardFeatures(R.FeatureConfig(widths=(1,) * stages, dim=2 * stages))
-    with torch.no_grad():
-        for p in tower.parameters():
-            p.zero_()
-        for i, stage in enumerate(tower.stages):
-            stage[0].weight[0, channel if i == 0 else 0, 1, 1] = stage[2].weight[0, 0, 1, 1] = 1
-        tower.project.weight.copy_(torch.eye(2 * stages))
-    return tower
+    assert z[0].tolist() == pytest.approx([1.5 / 4, 1.0] * 2)  # single pixels, then 3×3
 
 
 def test_features_read_the_masked_picture_in_the_same_units():
     masked = torch.full((1, 3, 4, 4), 0.5)
     masked[0, 0, :, :2] = 0.75  # channel 3 of the input is 2·red − 1: ½ in half of the hole
     z = identity_tower(3, 1)(torch.zeros(1, 3, 4, 4), masked, torch.ones(1, 1, 4, 4))
-    assert z[0].tolist() == pytest.approx([0.25, 0.5])
+    assert z[0].tolist() == pytest.approx([0.25, 0.5] * 2)
 
 
 def test_a_picture_without_a_hole_has_finite_features():
     x = torch.rand(1, 3, 4, 4)
-    assert torch.equal(identity_tower(0, 1)(x, x, torch.zeros(1, 1, 4, 4)), torch.zeros(1, 2))
+    assert torch.equal(identity_tower(0, 1)(x, x, torch.zeros(1, 1, 4, 4)), torch.zeros(1, 4))
 
 
 def test_each_later_stage_sees_half_the_resolution():
     images = torch.full((1, 3, 4, 4), 0.5)
     images[0, 0, ::2, ::2] = 1.0  # the pixels that stride 2 keeps
     z = identity_tower(0, 2)(images, images, torch.ones(1, 1, 4, 4))
-    assert z[0].tolist() == pytest.approx([0.25, 1.0, 1.0, 1.0])
+    assert z[0].tolist() == pytest.approx([0.25, 1.0, 0.25, 1.0, 1.0, 1.0])
 
 
 def clip_features(freeze=0.7, layers=3):

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from minipref import check_data, fit_reward
 from minipref.collect import collect, widen
 from minipref.data import rating_files
 from minipref.data import ratings as R
+from minipref.data.annotator import gold
 from minipref.data.prompts import scene_prompts
 from minipref.pipeline import Pipeline, Sampling, load_unet
 from minipref.rewards import LearnedReward, load_reward
@@ -132,8 +134,6 @@ def test_the_noise_of_a_mean_label_is_the_raters_over_the_root_of_their_number(r
     told = train_reward.RewardConfig(dim=8, noise_scale=0.7, psi_norm=3.0)
     c = fit_reward.solve(features, part, norms, told)[0].calibration
     assert (c.noise_scale, c.psi_norm) == (0.7, 3.0)
-    with pytest.raises(ValueError, match="holds 24 ratings for --dim 24: rate more or lower --dim"):
-        fit_reward.solve(features, part, norms, train_reward.RewardConfig(dim=24))
 
 
 def test_the_papers_trust_constants_and_clamp_by_flag(run, tmp_path, monkeypatch):
@@ -172,7 +172,10 @@ def test_a_second_round_rates_a_policy_and_shows_the_error_on_it_before_and_afte
     flags = {"ratings": run[0], "resume_with": policy, "second_prompts": 20, "policies": policy}
     summary = train(tmp_path / "x", monkeypatch, **flags)
     new, _ = rating_files.load(tmp_path / "x" / "ratings-second", 32)
-    third = R.split_for_fit(new, 0)["calibration"]
+    both, _ = rating_files.load(f"{run[0]},{tmp_path / 'x'}", 32)
+    third = R.split_for_fit(both, 0, 8)["calibration"]
+    third = third.select(torch.tensor([s not in set(both.prompts.scenes[:96]) for s in third.prompts.scenes]))
+    assert 0 < len(third) < 40 and summary["rated"] == 96 + 40
     model = load_reward(f"model:{tmp_path / 'x'}", lambda: None, lambda: None)
     norms = model.calibration.label_norms
     guess = R.denormalise(model(third.images, third.prompts).value, third.strata, norms)
@@ -184,6 +187,60 @@ def test_a_second_round_rates_a_policy_and_shows_the_error_on_it_before_and_afte
     assert len(new) == 40 and not new.widened.any()
     old, _ = rating_files.load(run[0], 32)
     assert not set(new.prompts.scenes) & set(old.prompts.scenes)
+    taken = {row.scene[1] for row in rating_files.scan(tmp_path / "x" / "ratings-second")[0]}
+    assert min(taken) == train_reward.next_number(run[0]) == 500_000
+    assert train_reward.next_number(f"{run[0]},{tmp_path / 'x'}") == 500_020  # no prompt is rated in two rounds
+
+
+def test_simulated_raters_add_nothing_to_ratings_of_your_own(run, tmp_path, monkeypatch):
+    """They know toy scenes only: ratings whose true scene is unknown, or a policy of pictures, are refused."""
+    policy, own = aligned_run(tmp_path / "rl"), tmp_path / "own"
+    own.mkdir()
+    for part in ("images", "masked", "masks"):
+        (own / part).symlink_to(run[0] / "ratings" / part)
+    rows = [json.loads(line) for line in (run[0] / "ratings" / "ratings.jsonl").read_text().splitlines()]
+    (own / "ratings.jsonl").write_text(
+        "\n".join(json.dumps({k: v for k, v in r.items() if k != "scene"}) for r in rows)
+    )
+    with pytest.raises(ValueError, match="simulated raters can add to ratings of toy scenes only"):
+        train(tmp_path / "x", monkeypatch, ratings=own, resume_with=policy)
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(config | {"data": str(tmp_path)}))
+    (tmp_path / "p.png").write_bytes((run[0] / "trust.png").read_bytes())
+    with pytest.raises(ValueError, match="was aligned on pictures"):
+        train(tmp_path / "x", monkeypatch, ratings=run[0], resume_with=policy)
+    assert not (tmp_path / "x").exists()
+
+
+def test_too_few_ratings_are_refused_before_anything_is_trained_or_written(run, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="second split holds 24 ratings for --dim 24: rate more or lower --dim"):
+        train(tmp_path / "x", monkeypatch, ratings=run[0], dim=24)
+    assert not (tmp_path / "x").exists()
+
+
+def rated_fills(count):
+    """Prompts filled in four ways from perfect to spoilt a little, rated by gold with a rater's noise."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = scene_prompts(11, 0, count).repeat_each(4)
+    spoilt = 0.25 * torch.rand(len(prompts), 1, 1, 1, generator=generator)
+    noise = torch.randn(prompts.images.shape, generator=generator)
+    images = prompts.paste_known((prompts.images + spoilt * noise).clamp(0, 1))
+    labels = gold(images, prompts.masks, prompts.scenes).label.double()
+    raters = labels[:, None] + 0.2 * torch.randn(len(labels), 2, generator=generator, dtype=torch.float64)
+    groups = torch.arange(count).repeat_interleave(4)
+    none = torch.zeros(len(images), dtype=torch.bool)
+    return R.Ratings(prompts, images, raters, groups, ["toy"] * len(images), none)
+
+
+@pytest.mark.parametrize("objective", ["regression", "pairs", "bins"])
+def test_every_objective_teaches_the_features_what_raters_see(objective):
+    """On prompts never trained on, the error of trained features is at most 0.8 of that of the same untrained ones."""
+    split = R.split_for_fit(rated_fills(250), 0, 8)
+    cfg = fit_reward.FitConfig(objective=objective, dim=8, epochs=12)
+    pipe = Pipeline.load(None)
+    figures = [fit_reward.fit(split, replace(cfg, lr=lr), pipe)[2] for lr in (1e-9, 3e-3)]
+    untrained, trained = (1 - f["r2"] for f in figures)
+    assert trained < 0.8 * untrained
 
 
 def test_collected_ratings_are_of_the_policys_completions(tmp_path):

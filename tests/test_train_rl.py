@@ -155,7 +155,11 @@ def test_a_run_is_read_from_other_folders_than_it_was_started_in(tmp_path, monke
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "here" / "mine").mkdir()
     (tmp_path / "here" / "mine" / "reward.pt").write_bytes((SHIPPED / "reward.pt").read_bytes())
-    train(tmp_path / "run", monkeypatch, epochs=1, reward="0.5*model:mine+0.5*brightness")
+    (tmp_path / "here" / "mymodel.py").write_text("def red(images, batch):\n    return images[:, 0].mean((1, 2))\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "here"))
+    train(tmp_path / "run", monkeypatch, epochs=1, reward="0.5*model:mine+0.5*mymodel:red")
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["reward"]
+    assert kept == f"0.5*model:{tmp_path / 'here' / 'mine'}+0.5*mymodel:red"  # a module is no path
     monkeypatch.chdir(tmp_path)
     evaluate.main(["--run", str(tmp_path / "run"), "--prompts", "8", "--best-of", "1", "--steps", "2"])
     assert "WinRate" in capsys.readouterr().out
@@ -164,7 +168,7 @@ def test_a_run_is_read_from_other_folders_than_it_was_started_in(tmp_path, monke
 def test_trust_and_kl_change_the_update_and_can_be_switched_off(run, tmp_path, monkeypatch):
     folder, _ = run
     base = weights(folder)
-    for i, changes in enumerate(({"no-trust": ""}, {"kl_weight": 5.0}, {"clip_range": 0.5})):
+    for i, changes in enumerate(({"no-trust": ""}, {"kl_weight": 5.0}, {"clip_range": 0.01})):
         changed = weights_of(tmp_path / str(i), monkeypatch, changes)
         assert any(not torch.equal(base[k], changed[k]) for k in base), changes
 
@@ -177,7 +181,7 @@ def weights_of(out, monkeypatch, changes):
 def test_a_wrong_replay_stops_the_run_before_any_update(tmp_path, monkeypatch):
     true = train_rl.gaussian_log_prob
     monkeypatch.setattr(train_rl, "gaussian_log_prob", lambda *a: true(*a) + 1e-4)  # 0.3 nats over 3,072 dimensions
-    with pytest.raises(RuntimeError, match="replay differs from the rollout by 0.31 nats before any update"):
+    with pytest.raises(ValueError, match="replay differs from the rollout by 0.31 nats before any update"):
         train(tmp_path / "a", monkeypatch)
     assert not (tmp_path / "a" / "last.pt").exists()
 
@@ -254,12 +258,26 @@ def test_sample_shows_base_beside_aligned_and_keeps_known_pixels(run, tmp_path):
         assert np.array_equal(x[:, :20], picture[:, :20]), name
     assert (made["base_00.png"] != made["aligned_00.png"]).any() and (made["base_00.png"] != made["base_01.png"]).any()
     assert Image.open(out).size[0] > 200
+    for given in ("p.png", "m.png"):
+        before = (tmp_path / given).read_bytes()
+        with pytest.raises(ValueError, match=f"{given}: is the picture to be read"):
+            sample.main(["--run", str(folder), "--out", str(tmp_path / given), *own])
+        assert (tmp_path / given).read_bytes() == before
 
 
 def test_sample_needs_no_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sample.main(["--full", "--prompt", "a red circle on a blue background", "--count", "2", "--steps", "2"])
+    flags = ["--full", "--prompt", "a red circle on a blue background", "--count", "2", "--steps", "2"]
+    sample.main(flags)
     assert (tmp_path / "sample.png").exists() and len(list((tmp_path / "sample").iterdir())) == 2
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    changed = torch.load(SHIPPED / "unet.pt", weights_only=True)
+    changed["state"]["conv_out.bias"] += 1
+    torch.save(changed, mine / "unet.pt")
+    (mine / "clip.pt").write_bytes((SHIPPED / "clip.pt").read_bytes())
+    sample.main([*flags, "--weights", str(mine), "--out", "mine.png"])
+    assert (tmp_path / "mine.png").read_bytes() != (tmp_path / "sample.png").read_bytes()
 
 
 def test_evaluate_reports_both_models_and_the_base_against_itself(run, capsys):

@@ -13,8 +13,8 @@ from torch import Tensor
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-def read_image(path: str | Path, size: int | None) -> Tensor:
-    """One picture: turned upright, transparency on white, centre square, resized. -> (3, size, size) float32 in [0, 1].
+def read_image(path: str | Path, size: int | None, ground: str = "white") -> Tensor:
+    """One picture: turned upright, transparency on `ground`, centre square, resized. -> (3, size, size) in [0, 1].
 
     size None keeps height and width. Raises FileNotFoundError, or ValueError with the file and the reason.
     """
@@ -32,16 +32,18 @@ def read_image(path: str | Path, size: int | None) -> Tensor:
                 rgba = picture.convert("RGBA")
     except Exception as e:  # Pillow raises a dozen kinds for broken files
         raise ValueError(f"{path}: not a readable picture ({type(e).__name__}: {e})") from None
-    white = Image.new("RGBA", rgba.size, "white")
-    picture = Image.alpha_composite(white, rgba).convert("RGB")
+    picture = Image.alpha_composite(Image.new("RGBA", rgba.size, ground), rgba).convert("RGB")
     if size is not None:
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
 
 
 def read_mask(path: str | Path, like: tuple[int, int], size: int) -> Tensor:
-    """A mask picture, white = hole, of the same height and width as its picture. -> (1, size, size), 0 or 1."""
-    mask = read_image(path, None).mean(0, keepdim=True)
+    """A mask picture, white = hole, of the same height and width as its picture. -> (1, size, size), 0 or 1.
+
+    What is transparent is no hole.
+    """
+    mask = read_image(path, None, ground="black").mean(0, keepdim=True)
     if tuple(mask.shape[-2:]) != tuple(like):
         (h, w), (H, W) = mask.shape[-2:], like
         raise ValueError(f"{path}: the mask is {w}×{h} pixels but the picture {W}×{H}; they must be equally large")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .annotator import gold
@@ -70,29 +69,6 @@ class Ratings:
         return float((squares[several].sum() / (count[several] - 1).sum()).sqrt())
 
 
-def join(a: Ratings, b: Ratings) -> Ratings:
-    """The pictures of both; prompts of b count on after those of a."""
-    together = a.prompts.scenes is not None and b.prompts.scenes is not None
-    width = max(a.raters.shape[1], b.raters.shape[1])
-    raters = [F.pad(r.raters, (0, width - r.raters.shape[1]), value=math.nan) for r in (a, b)]
-    prompts = Prompts(
-        torch.cat([a.prompts.images, b.prompts.images]),
-        torch.cat([a.prompts.masks, b.prompts.masks]),
-        a.prompts.texts + b.prompts.texts,
-        a.prompts.kinds + b.prompts.kinds,
-        a.prompts.scenes + b.prompts.scenes if together else None,  # type: ignore[operator]
-    )
-    groups = torch.cat([a.groups, b.groups + int(a.groups.max()) + 1])
-    return Ratings(
-        prompts,
-        torch.cat([a.images, b.images]),
-        torch.cat(raters),
-        groups,
-        a.sources + b.sources,
-        torch.cat([a.widened, b.widened]),
-    )
-
-
 # ------------------------------------------------------------------------------------------------ what to do with them
 
 
@@ -144,13 +120,17 @@ def lonely(groups: Tensor) -> int:
     return int((groups.unique(return_counts=True)[1] == 1).sum())
 
 
-def split_for_fit(r: Ratings, seed: int, pairs: bool = False) -> dict[str, Ratings]:
+def split_for_fit(r: Ratings, seed: int, dim: int, pairs: bool = False) -> dict[str, Ratings]:
     """By prompt, so that no picture is judged by what another one of its prompt taught; the third split keeps only
-    pictures as a policy makes them, none that were widened. Refuses what cannot be learned from."""
+    pictures as a policy makes them, none that were widened. Refuses what cannot be learned from with `dim` features."""
     split = {k: r.select(v) for k, v in split_by_prompt(r.groups, seed).items()}
     split["calibration"] = split["calibration"].select(~split["calibration"].widened)
     if not len(split["calibration"]):
         raise ValueError("every rating of the third split is of a widened picture: none is left to judge the model by")
+    if len(split["ridge"]) <= dim:
+        raise ValueError(
+            f"the second split holds {len(split['ridge'])} ratings for --dim {dim}: rate more or lower --dim"
+        )
     label_norms(split["features"])
     if pairs and lonely(split["features"].groups) == len(split["features"].groups.unique()):
         raise ValueError("no prompt of the first split has two rated pictures: there are no pairs to learn from")

@@ -75,27 +75,32 @@ def _place(rng: np.random.Generator, radius: float) -> float:
 
 
 def random_thing(
-    rng: np.random.Generator, background: str, size: str | None = None, colours: tuple[str, ...] = COLOURS
+    rng: np.random.Generator,
+    background: str,
+    size: str | None = None,
+    colours: tuple[str, ...] = COLOURS,
+    plain_share: float = PLAIN_SHARE,
 ) -> Thing:
     """A thing of random attributes that lies wholly inside the picture and differs from its background."""
     size = size or _pick(rng, ("large", "large", "small"))
     radius = RADII[size]
     colour = _pick(rng, colours, background)
-    pattern = "plain" if rng.random() < PLAIN_SHARE else _pick(rng, PATTERNS, "plain")
+    pattern = "plain" if rng.random() < plain_share else _pick(rng, PATTERNS, "plain")
     second = colour if pattern == "plain" else _pick(rng, colours, background, colour)
     return Thing(_pick(rng, SHAPES), colour, pattern, second, size, _place(rng, radius), _place(rng, radius), radius)
 
 
 def random_scene(rng: np.random.Generator, colours: tuple[str, ...] = COLOURS) -> Scene:
-    """A scene in three or more of the world's colours: one thing of any size, or two small ones with a gap between."""
+    """A scene in three or more of the world's colours: one thing of any size, or two small ones with a gap between, the
+    second of them plain."""
     background = _pick(rng, colours)
     two = rng.random() < SECOND_OBJECT_SHARE
     a = random_thing(rng, background, "small" if two else None, colours)
     if not two:
         return Scene(background, (a,))
-    b = random_thing(rng, background, "small", colours)
+    b = random_thing(rng, background, "small", colours, plain_share=1.0)
     while (a.shape, a.colour) == (b.shape, b.colour):
-        b = random_thing(rng, background, "small", colours)
+        b = random_thing(rng, background, "small", colours, plain_share=1.0)
     while max(abs(a.x - b.x), abs(a.y - b.y)) <= a.radius + b.radius:
         a, b = (replace(t, x=_place(rng, t.radius), y=_place(rng, t.radius)) for t in (a, b))
     return Scene(background, (a, b))

@@ -20,6 +20,7 @@ from .clip import CLIP, CLIPConfig, VisionTower
 class FeatureConfig:
     """The convolutional tower."""
 
+    pixel_width: int  # channels of the layers that see one pixel at a time
     widths: tuple[int, ...]  # channels at full, half, quarter … resolution
     dim: int  # d, the length of z (PrefPaint: 256)
 
@@ -27,20 +28,23 @@ class FeatureConfig:
 class RewardFeatures(nn.Module):
     """A convolutional tower.
 
-    The first convolution runs at full resolution, nothing is normalised, and mean *and* maximum over the hole are kept
-    at every depth: with normalisation or means alone, texture does not reach z.
+    Two layers look at single pixels (is this a clean colour?), the next at full resolution, nothing is normalised, and
+    mean *and* maximum over the hole are kept at every depth: with normalisation or means alone, texture is lost.
     """
 
     def __init__(self, config: FeatureConfig):
         super().__init__()
         self.config = config
-        c_in, stages = 7, []
+        c_in, pixel = config.pixel_width, config.pixel_width
+        alone = (nn.Conv2d(7, pixel, 1), nn.ReLU(), nn.Conv2d(pixel, pixel, 1), nn.ReLU())
+        stages = [nn.Sequential(*alone)]
         for i, c in enumerate(config.widths):
             first = nn.Conv2d(c_in, c, 3, stride=1 if i == 0 else 2, padding=1)
             stages.append(nn.Sequential(first, nn.ReLU(), nn.Conv2d(c, c, 3, padding=1), nn.ReLU()))
             c_in = c
         self.stages = nn.ModuleList(stages)
-        self.project = nn.Linear(2 * sum(config.widths), config.dim)
+        pooled = 2 * (pixel + sum(config.widths))
+        self.project = nn.Sequential(nn.Linear(pooled, config.dim), nn.ReLU(), nn.Linear(config.dim, config.dim))
 
     def forward(self, images: Tensor, masked: Tensor, masks: Tensor) -> Tensor:
         """images, masked (B, 3, H, W) in [0, 1], masks (B, 1, H, W) -> (B, d)."""

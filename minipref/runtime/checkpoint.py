@@ -47,7 +47,10 @@ def save(
         for k, v in state.items()
     }
     content = {"kind": kind, "config": config, "state": kept, "meta": meta or {}}
-    atomic_write(path, lambda p: torch.save(content, p))
+    try:
+        atomic_write(path, lambda p: torch.save(content, p))
+    except RuntimeError as e:  # how torch reports a full disk
+        raise OSError(f"{path}: could not be written ({e})") from e
 
 
 def load(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict]:

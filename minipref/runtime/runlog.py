@@ -44,8 +44,8 @@ class RunFolder:
 
     def __init__(self, out: str, default: str, config: dict):
         self.path = Path(out) if out else self._free(Path(default))
-        if (self.path / "metrics.jsonl").exists():
-            raise ValueError(f"--out {self.path}: holds a run already; name another folder")
+        if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+            raise ValueError(f"--out {self.path}: holds something already; name another folder")
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
         self.rows: list[dict] = []
         self.write_json("config.json", config)
