@@ -21,7 +21,7 @@ from minipref.data import rating_files
 from minipref.data import ratings as R
 from minipref.data.annotator import HIGHEST, LOWEST
 from minipref.data.scenes import SIZE
-from minipref.evaluate import judge_reward, load_run, policy_gammas
+from minipref.evaluate import judge_reward, load_run, on_policies
 from minipref.fit_reward import FitConfig, fit
 from minipref.pipeline import Pipeline, Sampling
 from minipref.report import gold_sheet, reward_pictures
@@ -140,7 +140,10 @@ def main() -> None:
         figures |= {f"policy_{k}_{when}": f[k] for k in ON_POLICY for when, f in (("before", before), ("after", after))}
         print("\n".join(f"on the policy, {k}: {before[k]:.3f} -> {after[k]:.3f}" for k in ON_POLICY))
 
-    kind = "ratings" if rated.truth is None else "gold"
+    kind, gammas = "ratings" if rated.truth is None else "gold", dict[str, torch.Tensor]()
+    if kind == "gold" or runs:
+        gammas, across = on_policies({k: v[2] for k, v in runs.items()}, pipe, model, how, cfg.seed)
+        figures |= {"norm_error_spearman_of_policies": across} if runs else {}
     summary = figures | {
         "delta": cfg.delta,
         "judge": kind,
@@ -154,9 +157,6 @@ def main() -> None:
     run.write_json("summary.json", summary)
 
     # 4. Pictures, and where asked for, the rivals on the same ratings.
-    gammas = (
-        policy_gammas({k: v[2] for k, v in runs.items()}, pipe, model, how, cfg.seed) if kind == "gold" or runs else {}
-    )
     reward_pictures(run.path, model, split["calibration"], judged, kind, cfg.delta, gammas)
     if rated.truth is not None:
         gold_sheet(run.path / "gold_sheet.png", rated.images, rated.truth)

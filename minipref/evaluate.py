@@ -151,15 +151,24 @@ def judge_reward(model: LearnedReward, r: Ratings, delta: float) -> Judged:
     return Judged(guess, y, single, norm, scores.trust, figures)
 
 
-def policy_gammas(
+def on_policies(
     unets: dict[str, UNet], pipe: Pipeline, model: LearnedReward, how: Sampling, seed: int
-) -> dict[str, Tensor]:
-    """gamma (N,) on completions of held-out prompts by the base model and by each run's policy."""
+) -> tuple[dict[str, Tensor], float]:
+    """On completions of held-out toy prompts by the base model and by each run's policy: gamma (N,), and the Spearman
+    correlation of norm and error against gold over all of them: does the norm tell where the reward is wrong?"""
     prompts = scene_prompts(world(HELD_OUT_WORLD, seed), 0, 128)
     short = ["base", *(Path(k).name for k in unets)]  # a name of its own for each, the whole path where need be
     policies = {"base": pipe.unet} | {n if short.count(n) == 1 else k: unets[k] for n, k in zip(short[1:], unets)}
-    scored = {k: model(pipe.complete(u, prompts, how, seed=seed, epoch=1), prompts) for k, u in policies.items()}
-    return {k: s.trust for k, s in scored.items() if s.trust is not None}
+    assert prompts.scenes is not None
+    gammas, norms, errors = {}, [], []
+    for name, unet in policies.items():
+        images = pipe.complete(unet, prompts, how, seed=seed, epoch=1)
+        scores, true = model(images, prompts), gold(images, prompts.masks, prompts.scenes).label.double()
+        y = normalise(true, [f"toy/{k}" for k in prompts.kinds], model.calibration.label_norms)
+        gammas[name] = scores.trust if scores.trust is not None else torch.ones(len(images))
+        norms.append(scores.parts["norm"])
+        errors.append((scores.value - y).abs())
+    return gammas, metrics.spearman(torch.cat(norms), torch.cat(errors))
 
 
 def base_report(cfg: EvaluateConfig) -> str:

@@ -14,6 +14,7 @@ from minipref import check_data, fit_reward
 from minipref.collect import collect, widen
 from minipref.data import rating_files
 from minipref.data import ratings as R
+from minipref.data import scenes as S
 from minipref.data.annotator import gold
 from minipref.data.prompts import scene_prompts
 from minipref.pipeline import Pipeline, Sampling, load_unet
@@ -182,6 +183,23 @@ def test_a_second_round_rates_a_policy_and_shows_the_error_on_it_before_and_afte
     after = summary["policy_mean_error_on_scale_after"]  # from 1 to 7, so that before and after are comparable
     assert after == pytest.approx(float((guess - third.truth).abs().mean()), abs=1e-4)
     assert summary["policy_mean_error_on_scale_before"] != after
+    pipe, prompts = Pipeline.load(None), scene_prompts(S.world(S.HELD_OUT_WORLD, 0), 0, 128)
+    drawn = [
+        pipe.complete(u, prompts, Sampling(2), seed=0, epoch=1) for u in (pipe.unet, load_unet(policy / "last.pt")[0])
+    ]
+    scores = [model(x, prompts) for x in drawn]
+    strata = [f"toy/{k}" for k in prompts.kinds]
+    errors = [
+        (R.denormalise(s.value, strata, norms) - gold(x, prompts.masks, prompts.scenes).label)
+        / torch.tensor([norms.get(k, norms[""])[1] for k in strata])
+        for s, x in zip(scores, drawn)
+    ]
+    ranks = [
+        torch.cat(v).argsort().argsort().double()
+        for v in ([s.parts["norm"] for s in scores], [e.abs() for e in errors])
+    ]
+    across = float(torch.corrcoef(torch.stack(ranks))[0, 1])
+    assert summary["norm_error_spearman_of_policies"] == pytest.approx(across, abs=2e-3)  # ties aside
     third_round = train(tmp_path / "y", monkeypatch, ratings=f"{run[0]},{tmp_path / 'x'}", epochs=1)
     assert third_round["rated"] == 96 + 40  # rounds add up
     assert len(new) == 40 and not new.widened.any()
