@@ -62,7 +62,11 @@ EXPLAINED = {
     "def train(self, mode: bool=False)": "the mode is ignored, which is the point",
     "1.25e-12": "guards against division by zero",
     "len(value) >= 1 and (not self.told_apart)": "one value cannot differ from itself",
-    "L)[:, -1], L, lam)": "one column",
+    "upper=True)[:, -1]": "one column",
+    "cumprod(1 - betas, dim=-1)": "a tensor of one axis",
+    "% 3 ** 32": "other streams for epochs beyond four thousand million",
+    "value != value[1]": "some two values differ either way",
+    "(y.double() - self(Z))": "squared",
 }
 
 SWAPS = {
@@ -75,7 +79,7 @@ NAMES = {
     "mean": "sum", "sum": "mean", "max": "min", "min": "max", "amax": "amin", "maximum": "minimum", "sqrt": "square",
     "square": "abs", "exp": "expm1", "log": "log1p", "abs": "square", "cumsum": "cumprod", "cumprod": "cumsum",
     "flatten": "flatten", "zeros": "ones", "ones_like": "zeros_like", "cos": "sin", "std": "var", "all": "any",
-    "any": "all", "empty": "context", "T": "H", "round": "floor",
+    "any": "all", "empty": "context", "round": "floor",
 }  # fmt: skip
 
 

@@ -206,8 +206,11 @@ def test_ridge_refuses_what_it_cannot_solve():
         R.ridge_fit(gaussian(5, 2), gaussian(4), 1.0)
     with pytest.raises(ValueError, match="lam=0"):
         R.ridge_fit(gaussian(5, 2), gaussian(5), 0)
-    with pytest.raises(ValueError, match="not finite; the features have diverged"):
-        R.ridge_fit(gaussian(5, 2) / 0, gaussian(5), 1.0)
+    for where in ("features", "labels"):  # a single number spoils it
+        Z, y = gaussian(5, 2), gaussian(5)
+        (Z if where == "features" else y).view(-1)[0] = math.nan
+        with pytest.raises(ValueError, match="not finite; the features have diverged"):
+            R.ridge_fit(Z, y, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------ trust
@@ -227,3 +230,7 @@ def test_default_trust_is_one_at_the_median_and_half_at_the_95th_percentile():
     assert R.trust_weight(T([5.0, 9.5]), k, b).tolist() == pytest.approx([1.0, 0.5])
     k, b = R.trust_from_quantiles(torch.ones(5))  # no spread says nothing: everything counts alike
     assert R.trust_weight(T([0.5, 1.0, 3.0], dtype=DOUBLE), k, b).tolist() == [1.0, 1.0, 1.0]
+    assert R.trust_from_quantiles(torch.zeros(5)) == (0, 0)
+    for part, told_apart in ((0.9e-6, False), (1.1e-6, True)):  # (95 % − median)/median: rounding, or a spread
+        spread = 100 * part / 0.45
+        assert (R.trust_from_quantiles(T([100.0, 100.0 + spread], dtype=DOUBLE))[0] > 0) == told_apart

@@ -52,6 +52,14 @@ def test_features_look_at_completion_masked_picture_and_mask():
     assert not torch.allclose(z, swapped)
 
 
+def test_a_completion_at_the_limit_itself_is_trusted():
+    model, batch = learned(), scene_prompts(5, 0, 3)
+    norms = model.ridge.norm(model.z(batch.images, batch)).sort()
+    model.calibration.norm_quantiles["0.99"] = float(norms.values[1])
+    trusted = model(batch.images, batch).parts["trusted"]
+    assert trusted[norms.indices].tolist() == [1, 1, 0]
+
+
 def identity_tower(channel, stages):
     """Convolutions that pass one input channel on; z is what was pooled, single pixels first."""
     dim = 2 * (1 + stages)

@@ -27,6 +27,14 @@ def test_brightness_is_the_mean_luma():
     assert R.brightness(x, scene_prompts(0, 0, 4)).tolist() == pytest.approx(expected)
 
 
+def test_a_reward_model_is_named_by_its_run_or_its_file(tmp_path):
+    model, batch = learned(), scene_prompts(0, 0, 2)
+    model.save(tmp_path / "reward.pt", {})
+    for name in (f"model:{tmp_path}", f"model: {tmp_path / 'reward.pt'}"):
+        named = R.load_reward(name, pytest.fail, pytest.fail)
+        assert torch.allclose(named(batch.images, batch).value, model(batch.images, batch).value, atol=0.01)  # fp16
+
+
 def test_jpeg_size_is_in_kilobytes_and_noise_is_larger_than_a_flat_picture():
     x = torch.stack([torch.full((3, 32, 32), 0.5), torch.rand(3, 32, 32)])
     sizes = R.jpeg_size(x, scene_prompts(0, 0, 2))
