@@ -61,7 +61,9 @@ class RLConfig:
     trust: bool = opt(True, "weight samples by gamma where the reward gives one (PrefPaint Eq. 12)")
     # A little KL keeps the policy from drifting where the reward is blind (tutorials/LOG.md).
     kl_weight: float = opt(0.03, "kappa of the KL to the base, per dimension (PrefPaint Eq. 1; its code: 0)", lo=0)
-    guard: float = opt(0.5, "stop where the reward rose and the trusted share fell below this part", lo=0, hi=1)
+    guard: float = opt(
+        0.5, "stop where the trusted share fell below this part, or certainty is lost; 0: never", lo=0, hi=1
+    )
     ema: float = opt(0.9, "decay per update of the averaged weights, which are evaluated and kept", lo=0, hi=0.9999)
     micro_batch: int = opt(64, "steps a backward pass: less memory, the same gradient", lo=1)
     # what is looked at
@@ -135,8 +137,7 @@ def main() -> None:
             row["eval_gold"] = float(gold(images, held_out.masks, held_out.scenes).label.mean())
         if "norm" in scores.parts:
             row |= metrics.quantiles(scores.parts["norm"], "eval_norm")
-        if "trusted" in scores.parts:
-            row["eval_trusted"] = float(scores.parts["trusted"].mean())
+        row |= {f"eval_{k}": float(scores.parts[k].mean()) for k in ("trusted", "bound") if k in scores.parts}
         return row
 
     def step_of(unet, path: Trajectory, condition: Condition, samples: Tensor, steps: Tensor):
@@ -149,7 +150,7 @@ def main() -> None:
 
     first = look(0)
     guard, stopped, kept = Guard(cfg.guard), None, copy.deepcopy(average.state_dict())
-    guard.start(first["eval_reward"], first.get("eval_trusted"))
+    guard.start(first["eval_reward"], first.get("eval_trusted"), first.get("eval_bound"))
     meta = {"schedule": asdict(pipe.schedule.config), "base": pipe.fingerprint, "epoch": 0}
     checkpoint.save(run.path / "best.pt", "unet", average.config, kept, meta=meta)
     run.log(epoch=0, **first, seconds=time.time() - started)
@@ -233,7 +234,7 @@ def main() -> None:
         if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
             row |= look(epoch)
             meta["epoch"] = epoch
-            keep, stop = guard.look(row["eval_reward"], row.get("eval_trusted"))
+            keep, stop = guard.look(row["eval_reward"], row.get("eval_trusted"), row.get("eval_bound"))
             for name in ["last.pt"] + (["best.pt"] if keep else []):
                 checkpoint.save(run.path / name, "unet", average.config, average.state_dict(), meta=meta)
             kept = copy.deepcopy(average.state_dict()) if keep else kept
@@ -246,8 +247,7 @@ def main() -> None:
 
         if stopped:
             average.load_state_dict(kept)
-            share = f"{row['eval_trusted']:.0%} of the held-out completions, from {first['eval_trusted']:.0%}"
-            print(f"stopped after epoch {stopped}: the reward rose, but is trusted on only {share}; best.pt counts")
+            print(f"stopped after epoch {stopped}: more reward, but less of it certain; best.pt counts")
             break
 
     # 5. The final comparison: other held-out prompts, independent noise for the two models.

@@ -44,6 +44,7 @@ class Scores:
 
 
 Reward = Callable[[Tensor, Prompts], "Tensor | Scores"]
+DELTA = 0.05  # the bounds of scores hold with probability 1 − DELTA, under their assumptions
 SCORED_AT_ONCE = 256  # pictures a pass of the reward features: bounds the memory, changes no score
 
 
@@ -199,11 +200,13 @@ class LearnedReward(nn.Module):
         return features_of(self.features, images, batch)
 
     def forward(self, images: Tensor, batch: Prompts) -> Scores:
-        """Scores whose parts are `norm`, ‖z‖_V⁻¹, and `trusted`, 1 where it lies under the training norms' 99 %."""
+        """Scores whose parts are `norm`, ‖z‖_V⁻¹, `bound`, C_bound(DELTA)·norm, and `trusted`, 1 where the norm lies
+        under the training norms' 99 %."""
         z, c = self.z(images, batch), self.calibration
         norm = self.ridge.norm(z)
         gamma = trust_weight(self.ridge.norm(z, c.norm_kind), c.k, c.b, c.lo, c.hi)
         parts = {"norm": norm.float(), "trusted": (norm <= c.norm_quantiles["0.99"]).float()}
+        parts["bound"] = (self.bound_factor(DELTA) * norm).float()
         return Scores(self.ridge(z).float(), gamma.float(), parts)
 
     def bound_factor(self, delta: float) -> float:
@@ -345,7 +348,8 @@ def _weighted_sum(terms: list[str], load: Callable[[str], Reward]) -> Reward:
         scored = [r(images, batch) for _, r in parsed]
         value = sum(w * s.value for (w, _), s in zip(parsed, scored))
         trust = next((s.trust for s in scored if s.trust is not None), None)
-        return Scores(value, trust, {k: v for s in scored for k, v in s.parts.items()})  # type: ignore[arg-type]
+        parts = {k: abs(w) * v if k == "bound" else v for (w, _), s in zip(parsed, scored) for k, v in s.parts.items()}
+        return Scores(value, trust, parts)  # type: ignore[arg-type]
 
     return total
 

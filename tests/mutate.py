@@ -63,6 +63,7 @@ EXPLAINED = {
     "1.25e-12": "guards against division by zero",
     "len(value) >= 1 and (not self.told_apart)": "one value cannot differ from itself",
     "upper=True)[:, -1]": "one column",
+    "SCORED_AT_ONCE": "bounds the memory, changes no score",
     "cumprod(1 - betas, dim=-1)": "a tensor of one axis",
     "% 3 ** 32": "other streams for epochs beyond four thousand million",
     "value != value[1]": "some two values differ either way",

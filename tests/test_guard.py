@@ -45,6 +45,27 @@ def test_it_never_stops_without_norms_or_with_floor_zero():
     assert math.isnan(guard(trusted=None).first_trusted)
 
 
+def looks(*lower, reward=2.0, floor=0.5):
+    """What a guard says of lower bounds that follow a base model's of 0 (reward 1, bound 1)."""
+    g = Guard(floor)
+    g.start(1.0, 0.9, 1.0)
+    return [g.look(reward, 0.9, reward - x) for x in lower]
+
+
+def test_it_keeps_the_best_lower_bound_of_the_reward():
+    assert [keep for keep, _ in looks(-0.1, 1.0, 1.02, 0.99, 1.03)] == [False, True, True, False, True]
+
+
+def test_it_stops_where_nothing_certain_was_won_for_three_looks():
+    """Of a gain of 1.0, a further 0.05 counts."""
+    assert [stop for _, stop in looks(0.5, 1.0, 1.04, 1.02, 1.04)] == [False, False, False, False, True]
+    assert not any(stop for _, stop in looks(0.5, 1.0, 1.04, 1.02, 1.06, 1.07, 1.08))  # 1.06 starts the count again
+    assert looks(0.5, 1.0, 1.04, 1.02, 1.06, 1.07, 1.08, 1.11)[-1] == (True, True)  # 1.113 would have counted
+    assert not any(stop for _, stop in looks(*[0.5] * 9, floor=0.0))
+    assert not any(stop for _, stop in looks(*[-0.5] * 9, reward=1.0))  # a reward that never rose is not exploited
+    assert looks(-0.2, -0.1, -0.1)[-1][1]  # it rose, but less than its bound
+
+
 CALLS = []
 
 

@@ -38,6 +38,7 @@ def test_the_learned_reward_is_the_inner_product_of_features_and_psi():
     norm = model.ridge.norm(z)
     assert torch.allclose(scores.value.double(), z @ model.ridge.psi, atol=1e-6)
     assert torch.allclose(scores.parts["norm"].double(), norm, atol=1e-6)
+    assert torch.allclose(scores.parts["bound"].double(), model.bound(z, 0.05), atol=1e-5)
     assert torch.allclose(scores.trust.double(), torch.exp(-1.5 * norm + 0.3), atol=1e-6)
 
 

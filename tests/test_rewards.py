@@ -131,7 +131,10 @@ def test_a_weighted_sum_adds_its_terms_and_keeps_the_trust():
     total = load("0.5*brightness+2*model+gold")(x, batch)
     expected = 0.5 * R.brightness(x, batch) + 2 * model(x, batch).value + R.gold(x, batch)
     assert torch.allclose(total.value, expected) and torch.equal(total.trust, model(x, batch).trust)
-    assert set(total.parts) == {"norm", "trusted"}
+    own = model(x, batch).parts
+    assert set(total.parts) == {"norm", "trusted", "bound"} and torch.equal(total.parts["norm"], own["norm"])
+    assert torch.allclose(total.parts["bound"], 2 * own["bound"])  # an error of the model counts twice
+    assert torch.allclose(load("-2*model")(x, batch).parts["bound"], 2 * own["bound"])
     mixed = load("clip: red+0.5*brightness")(x, batch)
     assert torch.allclose(mixed.value, load("clip: red")(x, batch) + 0.5 * R.brightness(x, batch))
     single = load("3*brightness")(x, batch)
