@@ -246,6 +246,8 @@ def test_bradley_terry_loss_is_the_mean_over_a_prompts_pairs():
     pairs = [2.0 - 0.5, 2.0 + 1.0, 5.0 - 4.0]
     expected = sum(math.log(1 + math.exp(-d)) for d in pairs) / 3
     assert bradley_terry_loss(scores, labels, groups).item() == pytest.approx(expected, rel=1e-12)
+    one = bradley_terry_loss(scores[3:], labels[3:], groups[3:])  # a single pair
+    assert one.item() == pytest.approx(math.log(1 + math.exp(-1.0)), rel=1e-12)
 
 
 def test_bradley_terry_loss_of_no_pair_is_nothing_and_keeps_its_gradient():
