@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 PATIENCE = 3  # looks
-MARGIN = 0.05  # of what the lower bound had gained over the base model's
+MARGIN = 0.1  # of what the lower bound had gained over the base model's
 
 
 @dataclass

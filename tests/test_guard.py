@@ -57,10 +57,10 @@ def test_it_keeps_the_best_lower_bound_of_the_reward():
 
 
 def test_it_stops_where_nothing_certain_was_won_for_three_looks():
-    """Of a gain of 1.0, a further 0.05 counts."""
-    assert [stop for _, stop in looks(0.5, 1.0, 1.04, 1.02, 1.04)] == [False, False, False, False, True]
-    assert not any(stop for _, stop in looks(0.5, 1.0, 1.04, 1.02, 1.06, 1.07, 1.08))  # 1.06 starts the count again
-    assert looks(0.5, 1.0, 1.04, 1.02, 1.06, 1.07, 1.08, 1.11)[-1] == (True, True)  # 1.113 would have counted
+    """Of a gain of 1.0, a further 0.1 counts."""
+    assert [stop for _, stop in looks(0.5, 1.0, 1.09, 1.02, 1.09)] == [False, False, False, False, True]
+    assert not any(stop for _, stop in looks(0.5, 1.0, 1.09, 1.02, 1.11, 1.12, 1.13))  # 1.11 starts the count again
+    assert looks(0.5, 1.0, 1.09, 1.02, 1.11, 1.12, 1.13, 1.22)[-1] == (True, True)  # 1.221 would have counted
     assert not any(stop for _, stop in looks(*[0.5] * 9, floor=0.0))
     assert not any(stop for _, stop in looks(*[-0.5] * 9, reward=1.0))  # a reward that never rose is not exploited
     assert looks(-0.2, -0.1, -0.1)[-1][1]  # it rose, but less than its bound
