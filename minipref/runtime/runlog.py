@@ -104,13 +104,7 @@ def read_run(folder: str | Path) -> dict:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no run lies there (config.json is missing)")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path}: not readable as JSON ({e})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: not the configuration of a run")
-    return config
+    return read_json(path)
 
 
 def peak_memory_mb() -> float:
