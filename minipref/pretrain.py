@@ -54,7 +54,7 @@ class PretrainConfig:
     start_from: str = opt("", "folder whose unet.pt is trained on, with new scenes and noise; empty: from nothing")
     ema: float = opt(0.999, "decay of the averaged weights that are kept", lo=0, hi=1)
     sloppy_share: float = opt(0.5, "share of the partial holes that are filled carelessly", lo=0, hi=1)
-    full_share: float = opt(0.5, "share of full masks, that is of plain text-to-image", lo=0, hi=1)
+    full_share: float = opt(0.6, "share of full masks, that is of plain text-to-image", lo=0, hi=1)
     noisy_share: float = opt(0.7, "share of times drawn from the noisier 65 % of the schedule alone", lo=0, hi=1)
     reward_prompts: int = opt(1536, "prompts whose completions are rated for the reward model", lo=20)
     reward_dim: int = opt(64, "d, length of the reward model's feature z", lo=1)
@@ -135,6 +135,10 @@ def mask_shares(full_share: float) -> dict[str, float]:
     return {k: v * (1 - full_share) for k, v in rest.items()} | {"full": full_share}
 
 
+# Scenes of full masks: what is hard to draw from a text alone, two things and patterns, comes more often.
+TEXT_TO_IMAGE = {"two_share": 0.55, "plain_share": 0.3}
+
+
 def unet_batch(rng: np.random.Generator, cfg: PretrainConfig) -> tuple[Tensor, Tensor, list[str]]:
     """Targets (B, 3, H, W), masks (B, 1, H, W), captions.
 
@@ -144,9 +148,9 @@ def unet_batch(rng: np.random.Generator, cfg: PretrainConfig) -> tuple[Tensor, T
     without a caption: inpainting prompts are empty, as PrefPaint's are.
     """
     n = cfg.unet_batch
-    batch = [S.random_scene(rng) for _ in range(n)]
-    images = S.draw(batch)
     masks, kinds = M.random_masks(rng, n, S.SIZE, mask_shares(cfg.full_share))
+    batch = [S.random_scene(rng, **TEXT_TO_IMAGE) if k == "full" else S.random_scene(rng) for k in kinds]
+    images = S.draw(batch)
     full = np.array([k == "full" for k in kinds])
     careless = torch.from_numpy((rng.random(n) < cfg.sloppy_share) & ~full)[:, None, None, None]
     images = torch.where(careless, M.paste_known(S.sloppy(images), images, masks), images)

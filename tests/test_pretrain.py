@@ -16,12 +16,19 @@ def config(**changes):
     return pretrain.PretrainConfig(**changes)
 
 
-def test_training_pairs_are_clean_outside_the_hole_and_sloppy_inside_about_half_of_the_time():
+@pytest.fixture
+def drawn(monkeypatch):
+    """The scenes of every call of `draw`, in order."""
+    seen, draw = [], S.draw
+    monkeypatch.setattr(S, "draw", lambda batch: seen.append(batch) or draw(batch))
+    return seen
+
+
+def test_training_pairs_are_clean_outside_the_hole_and_sloppy_inside_about_half_of_the_time(drawn):
     """1,500 pictures; six standard errors of a share of one half: ±0.078, false alarm 2e-9."""
     cfg, sloppy, partial = config(unet_batch=1500), 0, 0
     images, masks, texts = pretrain.unet_batch(np.random.default_rng(0), cfg)
-    twin = np.random.default_rng(0)
-    true = S.draw([S.random_scene(twin) for _ in range(1500)])
+    true = S.draw(drawn[0])
     known = (masks < 0.5).expand_as(images)
     assert torch.equal(images[known], true[known])
     for x, t, m in zip(images, true, masks):
@@ -35,6 +42,19 @@ def test_training_pairs_are_clean_outside_the_hole_and_sloppy_inside_about_half_
     assert abs(1 - partial / 1500 - cfg.full_share) < 6 * 0.5 / 1500**0.5
     assert not any(w in t.split() for t in texts for w in ("clean", "sloppy"))  # nothing that is said reveals which
     assert 0.2 < np.mean([t == "" for t in texts]) < 0.5
+
+
+def test_pictures_of_text_alone_hold_two_things_and_patterns_more_often(drawn):
+    """4,000 pictures; six standard errors of a share: false alarm 2e-9 each."""
+    _, masks, _ = pretrain.unet_batch(np.random.default_rng(1), config(unet_batch=4000, full_share=0.5))
+    full = masks.mean((1, 2, 3)) == 1
+    for among, two, plain in ((full, 0.55, 0.3), (~full, 0.35, 0.45)):
+        held = [s for s, own in zip(drawn[0], among.tolist()) if own]
+        for share, seen in (
+            (two, [len(s.things) == 2 for s in held]),
+            (plain, [s.things[0].pattern == "plain" for s in held]),
+        ):
+            assert abs(np.mean(seen) - share) < 6 * 0.5 / len(held) ** 0.5
 
 
 def test_captions_of_the_encoders_name_the_quality_half_of_the_time_and_truly():
@@ -51,15 +71,12 @@ def test_captions_of_the_encoders_name_the_quality_half_of_the_time_and_truly():
     assert abs(said / 1000 - 0.5) < 6 * 0.5 / 1000**0.5  # false alarm 2e-9
 
 
-def test_half_of_the_contrastive_batches_hold_three_colours_only(monkeypatch):
+def test_half_of_the_contrastive_batches_hold_three_colours_only(drawn):
     """400 batches of 8 scenes; 6 standard errors: false alarm 2e-9. Other batches hold more than three."""
-    seen = []
-    draw = S.draw
-    monkeypatch.setattr(S, "draw", lambda batch: seen.append(batch) or draw(batch))
     rng = np.random.default_rng(0)
     for _ in range(400):
         pretrain.clip_batch(rng, 8)
-    held = [{c for s in b for c in (s.background, *(x for t in s.things for x in (t.colour, t.second)))} for b in seen]
+    held = [{c for s in b for c in (s.background, *(x for t in s.things for x in (t.colour, t.second)))} for b in drawn]
     hard = [len(c) <= 3 for c in held]
     assert abs(np.mean(hard) - 0.5) < 6 * 0.5 / 400**0.5
     assert len({frozenset(c) for c, h in zip(held, hard) if h}) > 20  # not always the same three

@@ -1,5 +1,7 @@
 """The toy's true measure: it must find in true scenes what they hold, and in others what they lack."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -58,6 +60,21 @@ def test_both_colours_of_a_pattern_must_be_there():
     _, (scene,) = pictures([halved])
     for drawn, expected in ((halved, True), (thing("square"), False), (thing("square", "blue"), False)):
         assert bool(R.obeyed(pictures([drawn])[0], [scene])["colour"]) == expected
+
+
+def test_what_is_not_asked_for_is_not_judged():
+    images, _ = pictures([thing("square", "red", "blue", "halved")], background="green")
+    for colour, second, background, wrong in (
+        ("", "", "", None),
+        ("red", "", "green", None),
+        ("red", "red", "", "colour"),  # a plain red one: half of it is too little
+        ("yellow", "", "", "colour"),
+        ("", "", "yellow", "background"),
+    ):
+        asked = replace(thing("square"), colour=colour, second=second, size="", pattern="")
+        told = R.obeyed(images, [S.Scene(background, (asked,))])
+        for name, value in told.items():
+            assert bool(value) == (wrong is None or name not in (wrong, "all")), (colour, second, background, name)
 
 
 def test_one_patch_stands_for_one_thing_only():

@@ -1,5 +1,7 @@
 """The toy world: scenes, captions, masks, prompts, and the raters who know the truth."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,30 @@ def test_captions_name_each_attribute_only_part_of_the_time():
         assert 0.40 < share < 0.77, word
     assert all("square" in t for t in texts)
     assert "clean picture of" in S.caption(s, rng, "clean")
+
+
+def test_what_a_caption_says_is_told_apart_from_what_it_leaves_out():
+    """Read from the words alone: background, first thing, second thing, each with the attributes that are named."""
+    rng, seen = np.random.default_rng(3), set()
+    for s in S.scenes(1, 0, 400):
+        text, said = S.describe(s, rng)
+        head, _, behind = text.partition(" on ")
+        assert said.background == (behind.split()[1] if behind else "")
+        phrases = re.split(r" and (?=an? )", head)
+        assert len(phrases) == len(said.things) <= len(s.things)
+        for phrase, thing, true in zip(phrases, said.things, s.things):
+            words = phrase.split()[1:]
+            colours = [w for w in words if w in S.COLOURS]
+            assert words[-1] == thing.shape == true.shape
+            assert thing.size == next((w for w in words if w in S.RADII), "")
+            assert thing.pattern == next((w for w in words if w in S.PATTERNS), "")
+            if true.pattern == "plain":
+                assert [thing.colour, thing.second] == (colours * 2 or ["", ""])
+            else:
+                assert [thing.colour, thing.second] == (colours + ["", ""])[:2]
+            seen |= {(true.pattern == "plain", len(colours), bool(thing.size), bool(thing.pattern))}
+        assert S.describe(s)[1] == s
+    assert len(seen) == 2 * 4 + 3 * 4  # every way of naming occurs
 
 
 def test_every_caption_is_made_of_known_words():

@@ -118,11 +118,13 @@ def things(images: Tensor, most: int = 3) -> list[list[Found]]:
 
 
 def shows(found: Found, thing: Thing) -> tuple[bool, bool]:
-    """Whether a patch has the thing's shape, and whether it has its colours."""
+    """Whether a patch has the thing's shape, and whether it has its colours: "" stands for any colour, so that of two
+    colours of which one is asked for, half of the patch is judged."""
     colours = {thing.colour, thing.second}
-    share = sum(found.colours.get(c, 0) for c in colours)
-    present = all(found.colours.get(c, 0) >= COLOUR_PRESENT / len(colours) for c in colours)
-    return found.shape == thing.shape and found.overlap >= OVERLAP, present and share >= COLOURS_SHARE
+    asked = [found.colours.get(c, 0) for c in colours if c]
+    present = all(share >= COLOUR_PRESENT / len(colours) for share in asked)
+    enough = sum(asked) >= COLOURS_SHARE * len(asked) / len(colours)
+    return found.shape == thing.shape and found.overlap >= OVERLAP, present and enough
 
 
 def obeyed(images: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
@@ -130,7 +132,7 @@ def obeyed(images: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
 
     `background`, `shape` and `colour` (both colours) of the first thing, `second` (shape and colours of the second
     thing; true where the scene has none) and `all`. A patch stands for one thing only. Size, the kind of pattern and
-    things that nobody asked for are not judged.
+    things that nobody asked for are not judged, nor what is "" in the scene (scenes.describe).
     """
     rows = []
     for name, patches_found, s in zip(backgrounds(images), things(images), scenes):
@@ -138,7 +140,7 @@ def obeyed(images: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
         absent = [(False, False)] * len(s.things)
         ways = permutations(range(len(patches_found) + len(absent)), len(s.things))  # beyond the last: not there
         best = max(([(row + absent)[i] for row, i in zip(judged, way)] for way in ways), key=lambda w: sum(map(sum, w)))
-        rows.append((name == s.background, *best[0], all(map(all, best[1:]))))
+        rows.append((s.background in ("", name), *best[0], all(map(all, best[1:]))))
     columns = torch.tensor(rows).T
     named = dict(zip(("background", "shape", "colour", "second"), columns))
     return named | {"all": columns.all(0)}

@@ -90,12 +90,17 @@ def random_thing(
     return Thing(_pick(rng, SHAPES), colour, pattern, second, size, _place(rng, radius), _place(rng, radius), radius)
 
 
-def random_scene(rng: np.random.Generator, colours: tuple[str, ...] = COLOURS) -> Scene:
+def random_scene(
+    rng: np.random.Generator,
+    colours: tuple[str, ...] = COLOURS,
+    two_share: float = SECOND_OBJECT_SHARE,
+    plain_share: float = PLAIN_SHARE,
+) -> Scene:
     """A scene in three or more of the world's colours: one thing of any size, or two small ones with a gap between, the
     second of them plain."""
     background = _pick(rng, colours)
-    two = rng.random() < SECOND_OBJECT_SHARE
-    a = random_thing(rng, background, "small" if two else None, colours)
+    two = rng.random() < two_share
+    a = random_thing(rng, background, "small" if two else None, colours, plain_share)
     if not two:
         return Scene(background, (a,))
     b = random_thing(rng, background, "small", colours, plain_share=1.0)
@@ -224,34 +229,37 @@ def _article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def _describe(thing: Thing, named) -> str:
+def _describe(thing: Thing, named) -> tuple[str, Thing]:
+    """A thing in words, and the thing with "" for each attribute that they leave out."""
     words = [thing.size] if named() else []
-    colour = thing.colour
-    if thing.pattern == "plain":
-        words += [colour] if named() else []
-        words += ["plain"] if named() and named() and named() else []
-    else:
-        if named():
-            words += [f"{colour} and {thing.second}" if named() else colour]
-        words += [thing.pattern] if named() else []
-    return _article(" ".join(words + [thing.shape]))
+    size, plain = " ".join(words), thing.pattern == "plain"
+    first = thing.colour if named() else ""
+    second = first if plain else (thing.second if first and named() else "")
+    words += [" and ".join(dict.fromkeys(c for c in (first, second) if c))] if first else []
+    pattern = thing.pattern if (named() and named() and named() if plain else named()) else ""
+    words += [pattern] if pattern else []
+    said = replace(thing, size=size, colour=first, second=second, pattern=pattern)
+    return _article(" ".join(words + [thing.shape])), said
 
 
-def caption(s: Scene, rng: np.random.Generator | None = None, quality: str | None = None) -> str:
-    """A caption that names each attribute with probability CAPTION_SHARE; without `rng` it names them all.
-
-    `quality` ("clean" or "sloppy") is what CLIP-like training adds to half of its captions.
-    """
+def describe(s: Scene, rng: np.random.Generator | None = None) -> tuple[str, Scene]:
+    """A caption that names each attribute with probability CAPTION_SHARE, without `rng` all; and what it says of the
+    scene: "" stands for each attribute that it leaves out, and a second thing may be missing."""
 
     def named() -> bool:
         return rng is None or rng.random() < CAPTION_SHARE
 
-    def plainly(thing: Thing) -> str:
-        return _describe(thing, named)
+    parts = [_describe(t, named) for t in (s.things if len(s.things) == 1 or named() else s.things[:1])]
+    text, background = " and ".join(words for words, _ in parts), s.background if named() else ""
+    if background:
+        text += f" on {_article(background)} background"
+    return text, Scene(background, tuple(said for _, said in parts))
 
-    text = " and ".join(plainly(t) for t in (s.things if len(s.things) == 1 or named() else s.things[:1]))
-    if named():
-        text += f" on {_article(s.background)} background"
+
+def caption(s: Scene, rng: np.random.Generator | None = None, quality: str | None = None) -> str:
+    """The caption of `describe`. `quality` ("clean" or "sloppy") is what CLIP-like training adds to half of its
+    captions."""
+    text, _ = describe(s, rng)
     return f"a {quality} picture of {text}" if quality else text
 
 
