@@ -136,7 +136,7 @@ def mask_shares(full_share: float) -> dict[str, float]:
 
 
 # Scenes of full masks: what is hard to draw from a text alone, two things and patterns, comes more often.
-TEXT_TO_IMAGE = {"two_share": 0.55, "plain_share": 0.3}
+TEXT_TWO_SHARE, TEXT_PLAIN_SHARE = 0.55, 0.3
 
 
 def unet_batch(rng: np.random.Generator, cfg: PretrainConfig) -> tuple[Tensor, Tensor, list[str]]:
@@ -149,7 +149,9 @@ def unet_batch(rng: np.random.Generator, cfg: PretrainConfig) -> tuple[Tensor, T
     """
     n = cfg.unet_batch
     masks, kinds = M.random_masks(rng, n, S.SIZE, mask_shares(cfg.full_share))
-    batch = [S.random_scene(rng, **TEXT_TO_IMAGE) if k == "full" else S.random_scene(rng) for k in kinds]
+    shares = {"full": (TEXT_TWO_SHARE, TEXT_PLAIN_SHARE)}
+    world_shares = S.SECOND_OBJECT_SHARE, S.PLAIN_SHARE
+    batch = [S.random_scene(rng, S.COLOURS, *shares.get(k, world_shares)) for k in kinds]
     images = S.draw(batch)
     full = np.array([k == "full" for k in kinds])
     careless = torch.from_numpy((rng.random(n) < cfg.sloppy_share) & ~full)[:, None, None, None]
