@@ -96,8 +96,8 @@ def random_scene(
     two_share: float = SECOND_OBJECT_SHARE,
     plain_share: float = PLAIN_SHARE,
 ) -> Scene:
-    """A scene in three or more of the world's colours: one thing of any size, or two small ones with a gap between, the
-    second of them plain."""
+    """A scene in three or more of the world's colours: one thing of any size, or two small ones side by side with a gap
+    between, the second of them, on the right, plain. Which is which is hard to learn where it can be either way."""
     background = _pick(rng, colours)
     two = rng.random() < two_share
     a = random_thing(rng, background, "small" if two else None, colours, plain_share)
@@ -106,9 +106,8 @@ def random_scene(
     b = random_thing(rng, background, "small", colours, plain_share=1.0)
     while (a.shape, a.colour) == (b.shape, b.colour):
         b = random_thing(rng, background, "small", colours, plain_share=1.0)
-    while max(abs(a.x - b.x), abs(a.y - b.y)) <= a.radius + b.radius:
-        a, b = (replace(t, x=_place(rng, t.radius), y=_place(rng, t.radius)) for t in (a, b))
-    return Scene(background, (a, b))
+    edge = GRID * np.ceil((a.radius + 0.5) / GRID)
+    return Scene(background, (replace(a, x=float(edge)), replace(b, x=float(SIZE - edge))))
 
 
 # One world of scenes for each purpose, drawn independently. There are finitely many scenes: most of one thing in a
