@@ -182,12 +182,12 @@ def base_report(cfg: EvaluateConfig) -> str:
     how = Sampling(cfg.steps or 50, 1.0, cfg.guidance)
     settings = f"{how.steps} steps, eta {how.eta:g}, guidance {how.guidance:g}, seed {seed}"
     lines = [f"# Text-to-image, {cfg.prompts} captions, {settings}", "", "Share of pictures that show what was asked:"]
-    rng = np.random.default_rng(world(HELD_OUT_WORLD, 0))
+    batch, rng = scenes(world(HELD_OUT_WORLD, 0), 0, cfg.prompts), np.random.default_rng(world(HELD_OUT_WORLD, 0))
     for naming, chance in (
         (f"{100 * CAPTION_SHARE:.0f} % of the attributes named", rng),
         ("all attributes named", None),
     ):
-        texts, said = zip(*[describe(s, chance) for s in scenes(world(HELD_OUT_WORLD, 0), 0, cfg.prompts)])
+        texts, said = zip(*[describe(s, chance) for s in batch])
         found = obeyed(pipe.complete(pipe.unet, text_prompts(list(texts)), how, seed=seed, epoch=0), list(said))
         things = torch.tensor([len(s.things) for s in said])
         lines += [

@@ -149,11 +149,10 @@ def unet_batch(rng: np.random.Generator, cfg: PretrainConfig) -> tuple[Tensor, T
     """
     n = cfg.unet_batch
     masks, kinds = M.random_masks(rng, n, S.SIZE, mask_shares(cfg.full_share))
-    shares = {"full": (TEXT_TWO_SHARE, TEXT_PLAIN_SHARE)}
-    world_shares = S.SECOND_OBJECT_SHARE, S.PLAIN_SHARE
-    batch = [S.random_scene(rng, S.COLOURS, *shares.get(k, world_shares)) for k in kinds]
-    images = S.draw(batch)
     full = np.array([k == "full" for k in kinds])
+    of_text, of_world = (TEXT_TWO_SHARE, TEXT_PLAIN_SHARE), (S.SECOND_OBJECT_SHARE, S.PLAIN_SHARE)
+    batch = [S.random_scene(rng, S.COLOURS, *(of_text if f else of_world)) for f in full]
+    images = S.draw(batch)
     careless = torch.from_numpy((rng.random(n) < cfg.sloppy_share) & ~full)[:, None, None, None]
     images = torch.where(careless, M.paste_known(S.sloppy(images), images, masks), images)
     silent = rng.random(n) < np.where(full, 0.1, 0.5)

@@ -68,9 +68,14 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...], *without: str) -> 
     return left[rng.integers(len(left))]
 
 
+def _first(radius: float) -> int:
+    """The first place of the grid at which a thing of this radius lies wholly inside the picture."""
+    return int(np.ceil((radius + 0.5) / GRID))
+
+
 def _place(rng: np.random.Generator, radius: float) -> float:
     """A coordinate on the grid at which a thing of this radius lies wholly inside the picture."""
-    first = int(np.ceil((radius + 0.5) / GRID))
+    first = _first(radius)
     return float(GRID * rng.integers(first, (SIZE // GRID - first) + 1))
 
 
@@ -106,8 +111,8 @@ def random_scene(
     b = random_thing(rng, background, "small", colours, plain_share=1.0)
     while (a.shape, a.colour) == (b.shape, b.colour):
         b = random_thing(rng, background, "small", colours, plain_share=1.0)
-    edge = GRID * np.ceil((a.radius + 0.5) / GRID)
-    return Scene(background, (replace(a, x=float(edge)), replace(b, x=float(SIZE - edge))))
+    left = float(GRID * _first(a.radius))
+    return Scene(background, (replace(a, x=left), replace(b, x=SIZE - left)))
 
 
 # One world of scenes for each purpose, drawn independently. There are finitely many scenes: most of one thing in a
