@@ -362,7 +362,7 @@ def test_the_kl_of_a_rollout_is_the_mean_log_ratio_of_its_paths():
 
 def test_a_short_run_raises_its_reward_and_the_kl_weight_holds_it_back(tmp_path, monkeypatch):
     """Brightness is easy to raise: the run must do so, by far more than any noise between two seeds' base models."""
-    flags = {"reward": "brightness", "lr": 3e-4, "epochs": 6, "prompts": 6, "samples": 4, "ema": 0.5, "eval_every": 6}
+    flags = {"reward": "brightness", "lr": 3e-4, "epochs": 10, "prompts": 6, "samples": 4, "ema": 0.5, "eval_every": 10}
     free = train(tmp_path / "free", monkeypatch, **flags)
     held = train(tmp_path / "held", monkeypatch, kl_weight=20, **flags)
     rows = [json.loads(x) for x in (tmp_path / "free" / "metrics.jsonl").read_text().splitlines()]
