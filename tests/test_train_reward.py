@@ -254,7 +254,7 @@ def rated_fills(count):
 def test_every_objective_teaches_the_features_what_raters_see(objective):
     """On prompts never trained on, the error of trained features is at most 0.8 of that of the same untrained ones.
 
-    The error is the unexplained part of the variance; for pairs, of one prompt's completions, the variance within prompts.
+    The error is the unexplained part of the variance; for pairs, of the variance within prompts.
     """
     split = R.split_for_fit(rated_fills(250), 0, 8)
     cfg = fit_reward.FitConfig(objective=objective, dim=8, epochs=12)
