@@ -16,3 +16,13 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """One tiny run of train_rl.py that several tests look at -> (its folder, its summary)."""
+    from helpers import train_tiny
+
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        return folder, train_tiny(folder, patch)

@@ -1,10 +1,17 @@
 """What several test files share."""
 
+import json
+import re
+import sys
+
+import pytest
 import torch
 
+import train_rl
 from minipref import rewards as R
 from minipref.diffusion import Condition, Schedule, ScheduleConfig
 from minipref.models.reward_features import FeatureConfig, RewardFeatures
+from minipref.runtime.config import run_main
 
 KINDS = ["linear", "scaled_linear", "squaredcos_cap_v2"]  # of noise schedules
 NORMS = {"": (4.0, 1.5), "toy/square": (4.0, 2.0), "toy/strip": (3.0, 1.0)}
@@ -34,3 +41,29 @@ def randn(*shape, seed=0, dtype=torch.float64):
 def condition(batch, width=3, context=None, empty=None):
     text = torch.zeros(batch, 2, width) if context is None else context
     return Condition(text, empty=empty)
+
+
+# A run of train_rl.py that takes seconds.
+TINY = {
+    "--epochs": 2, "--prompts": 3, "--samples": 2, "--steps": 3, "--train-steps": 2, "--eval-every": 1,
+    "--eval-prompts": 8, "--win-prompts": 8,
+}  # fmt: skip
+
+
+def train_tiny(out, monkeypatch, **changes):
+    """Runs train_rl.py in this process; -> its summary."""
+    flags = {**TINY, **{"--" + k.replace("_", "-"): v for k, v in changes.items()}}
+    argv = ["train_rl.py", "--small", "--out", str(out)] + [str(x) for pair in flags.items() for x in pair if x != ""]
+    monkeypatch.setattr(sys, "argv", argv)
+    train_rl.main()
+    return json.loads((out / "summary.json").read_text())
+
+
+def stops_with(call, message, capsys):
+    """Exit code 2 and one line that holds `message`."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_main("minipref", call)
+    text = capsys.readouterr().err
+    lines = [x for x in text.splitlines() if not re.match(r"[\w ]+: +\d+%\|", x)]
+    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0], text

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_train_rl import train
+from helpers import train_tiny as train
 
 from minipref import evaluate
 from minipref.guard import Guard
