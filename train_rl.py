@@ -23,13 +23,13 @@ from minipref.data.annotator import gold
 from minipref.data.folders import read_folder, split_pictures
 from minipref.data.prompts import picture_prompts, scene_prompts
 from minipref.data.scenes import HELD_OUT_WORLD, RL_WORLD, SIZE, world
-from minipref.diffusion import Condition, Trajectory, ddim_mean, gaussian_log_prob, predict
+from minipref.diffusion import Condition, Trajectory, predict, score_step
 from minipref.evaluate import path_kl
 from minipref.guard import Guard
 from minipref.losses import advantages, clipped_surrogate, gaussian_kl
+from minipref.named_rewards import CheckedReward, load_reward
 from minipref.pipeline import Pipeline, Sampling, learned_reward
 from minipref.report import rl_curves, rl_grid
-from minipref.rewards import CheckedReward, load_reward
 from minipref.runtime import checkpoint
 from minipref.runtime.config import opt, parse, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
@@ -58,7 +58,11 @@ class RLConfig:
     clip_range: float = opt(
         1.64, "clip of the joint log-ratio (PrefPaint: 1e-4 of the mean's, at n = 16,384: 1.64)", lo=0.01
     )
-    trust: bool = opt(True, "weight samples by gamma where the reward gives one (PrefPaint Eq. 12)")
+    trust: str = opt(
+        "exponential",
+        "weight of samples where the reward gives a gamma (PrefPaint Eq. 12); constant: its mean; off: 1",
+        choices=("exponential", "constant", "off"),
+    )
     # A little KL keeps the policy from drifting where the reward is blind (tutorials/LOG.md).
     kl_weight: float = opt(0.03, "kappa of the KL to the base, per dimension (PrefPaint Eq. 1; its code: 0)", lo=0)
     guard: float = opt(
@@ -145,8 +149,7 @@ def main() -> None:
         t, t_prev = (x[steps] for x in step_times(path.timesteps))
         x_t, x_prev = path.latents[samples, steps], path.latents[samples, steps + 1]
         output = predict(unet, x_t, t, condition[samples])
-        mean, sigma = ddim_mean(pipe.schedule, output, x_t, t, t_prev, eta=cfg.eta)
-        return mean, sigma, gaussian_log_prob(x_prev.float(), mean, sigma)
+        return score_step(pipe.schedule, output, x_t, x_prev, t, t_prev, eta=cfg.eta)
 
     first = look(0)
     guard, stopped, kept = Guard(cfg.guard), None, copy.deepcopy(average.state_dict())
@@ -170,8 +173,8 @@ def main() -> None:
         images = pipe.decode(path, prompts)
         scores = reward(images, prompts)
         advantage = advantages(scores.value, groups).to(pipe.device)
-        gamma = scores.trust if cfg.trust and scores.trust is not None else torch.ones(B)
-        gamma = gamma.to(pipe.device)
+        gamma = torch.ones(B) if cfg.trust == "off" or scores.trust is None else scores.trust
+        gamma = (gamma.mean().expand(B) if cfg.trust == "constant" else gamma).to(pipe.device)
 
         random_steps = path.scored.nonzero()[:, 0]
         if epoch == 1:  # before any update the replayed probabilities must be those of the rollout

@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .kernels import ddim_step_logprob, q_sample
+from .kernels.common import LARGE, use_triton
 
 # ------------------------------------------------------------------------------------------------ the schedule
 
@@ -116,10 +119,15 @@ class Schedule:
         return k_x, k_out, sigma
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) float64 on the CPU -> (B, 1, 1, 1) fp32 (or like's float64) on like's device."""
+def _vector(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) float64 on the CPU -> (B,) fp32 (or like's float64) on like's device."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return values.to(dtype).to(like.device, non_blocking=True)[:, None, None, None]
+    return values.to(dtype).to(like.device, non_blocking=True)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """The same, (B, 1, 1, 1)."""
+    return _vector(values, like)[:, None, None, None]
 
 
 def _times(t: Tensor | int, batch: int) -> Tensor:
@@ -131,7 +139,7 @@ def add_noise(schedule: Schedule, x_0: Tensor, noise: Tensor, t: Tensor) -> Tens
     if x_0.shape != noise.shape:
         raise ValueError(f"add_noise: x_0 is {tuple(x_0.shape)} but noise is {tuple(noise.shape)}")
     a = schedule.abar_at(_times(t, len(x_0)))
-    return _column(a.sqrt(), x_0) * x_0 + _column((1 - a).sqrt(), x_0) * noise
+    return q_sample(x_0, noise, _vector(a.sqrt(), x_0), _vector((1 - a).sqrt(), x_0))
 
 
 def target(schedule: Schedule, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -151,11 +159,26 @@ def ddim_mean(
     """Mean (B, C, H, W) and sigma (B, 1, 1, 1) of the step t → t_prev, fp32 (PrefPaint Eq. 2)."""
     if model_output.shape != x_t.shape:
         raise ValueError(f"ddim: model_output is {tuple(model_output.shape)} but x_t is {tuple(x_t.shape)}")
+    return _mean(model_output, x_t, _coefficients(schedule, x_t, t, t_prev, eta))
+
+
+def _coefficients(schedule: Schedule, x_t: Tensor, t: Tensor | int, t_prev: Tensor | int, eta: float):
+    """k_x, k_out and sigma of `Schedule.coefficients`, (B,) each, on x_t's device."""
     B = len(x_t)
     k_x, k_out, sigma = schedule.coefficients(_times(t, B), _times(t_prev, B), eta)
+    return _vector(k_x, x_t), _vector(k_out, x_t), _vector(sigma, x_t)
+
+
+def _fused(model_output: Tensor, x_t: Tensor) -> bool:
+    """Whether the fused kernel takes a step: on CUDA, from a size on."""
+    return use_triton("auto", "ddim_step", [x_t, model_output], x_t.numel() >= LARGE)
+
+
+def _mean(model_output: Tensor, x_t: Tensor, coefficients: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    k_x, k_out, sigma = (v[:, None, None, None] for v in coefficients)
     if x_t.dtype != torch.float64:
         x_t, model_output = x_t.float(), model_output.float()
-    return _column(k_x, x_t) * x_t + _column(k_out, x_t) * model_output, _column(sigma, x_t)
+    return k_x * x_t + k_out * model_output, sigma
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
@@ -179,23 +202,52 @@ def ddim_step(
     eta: float,
     noise: Tensor | None = None,
     x_prev: Tensor | None = None,
+    coefficients: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One sampling step: draws x_prev = mean + sigma·noise, or scores the `x_prev` it is given (PrefPaint Eq. 2).
 
     model_output, x_t, noise, x_prev (B, C, H, W); t, t_prev int or (B,).
+    `coefficients`: those of `Schedule.coefficients` for this step, (B,) each and on x_t's device already (a sampling
+    loop computes them once for all steps); without them t and t_prev say which.
     Returns x_prev in x_t's dtype and its log-probability (B,), fp32, the mean over dimensions. The drawn latent is
     rounded to x_t's dtype *before* it is scored, so that a later replay scores the same number. Where sigma = 0 the
     step is deterministic and has no density: its log-probability is NaN.
     """
     if (noise is None) == (x_prev is None):
         raise ValueError("ddim_step: pass either noise (to draw) or x_prev (to score)")
-    mean, sigma = ddim_mean(schedule, model_output, x_t, t, t_prev, eta=eta)
+    if x_prev is not None and x_prev.shape != x_t.shape:
+        raise ValueError(f"ddim_step: x_prev is {tuple(x_prev.shape)} but x_t is {tuple(x_t.shape)}")
+    through_x = torch.is_grad_enabled() and (x_t.requires_grad or (x_prev is None and model_output.requires_grad))
+    if coefficients is None:
+        coefficients = _coefficients(schedule, x_t, t, t_prev, eta)
+    if not through_x and _fused(model_output, x_t):
+        return ddim_step_logprob(model_output, None, x_t, *coefficients, noise=noise, x_prev=x_prev)
+    mean, sigma = _mean(model_output, x_t, coefficients)
     if x_prev is None:
         assert noise is not None
         x_prev = (mean + sigma * noise).to(x_t.dtype)
-    elif x_prev.shape != x_t.shape:
-        raise ValueError(f"ddim_step: x_prev is {tuple(x_prev.shape)} but x_t is {tuple(x_t.shape)}")
     return x_prev, gaussian_log_prob(x_prev.to(mean.dtype), mean, sigma)
+
+
+def score_step(
+    schedule: Schedule,
+    model_output: Tensor,
+    x_t: Tensor,
+    x_prev: Tensor,
+    t: Tensor | int,
+    t_prev: Tensor | int,
+    *,
+    eta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The Gaussian of a step that was taken, and the log-probability of where it led: mean, sigma, log_prob (B,).
+
+    Scored by what `ddim_step` draws with, so that before any update the ratio of both is 1. x_t gets no gradient.
+    """
+    coefficients = _coefficients(schedule, x_t, t, t_prev, eta)
+    mean, sigma = _mean(model_output, x_t, coefficients)
+    if _fused(model_output, x_t):
+        return mean, sigma, ddim_step_logprob(model_output, None, x_t, *coefficients, x_prev=x_prev)[1]
+    return mean, sigma, gaussian_log_prob(x_prev.to(mean.dtype), mean, sigma)
 
 
 # ------------------------------------------------------------------------------------------------ condition, guidance
@@ -244,8 +296,13 @@ def predict(unet, x_t: Tensor, t: Tensor | int, condition: Condition, *, guidanc
     One call of the network where guidance changes nothing. Rollout and training both come here, so the two halves
     can never be confused between them.
     """
-    x, times = condition.unet_input(x_t), _times(t, len(x_t)).to(x_t.device, non_blocking=True)
-    if not needs_guidance(condition, guidance):
+    times = _times(t, len(x_t)).to(x_t.device, non_blocking=True)
+    return _predict(unet, x_t, times, condition, guidance, needs_guidance(condition, guidance))
+
+
+def _predict(unet, x_t: Tensor, times: Tensor, condition: Condition, guidance: float, guided: bool) -> Tensor:
+    x = condition.unet_input(x_t)
+    if not guided:
         return unet(x, times, condition.context)
     assert condition.empty is not None
     both = torch.cat([condition.empty, condition.context])
@@ -308,16 +365,22 @@ def rollout(
             raise ValueError(f"rollout: {len(generator)} generators for a batch of {B}")
         noise = torch.stack([torch.randn(draws, generator=g) for g in generator])  # (B, T+1, C, H, W)
     noise = noise.to(device)
-    if not needs_guidance(condition, guidance):
-        condition = replace(condition, empty=None)  # decided once: comparing at every step would wait for the device
+    guided = needs_guidance(condition, guidance)  # once: comparing at every step would wait for the device
 
     timesteps = schedule.timesteps(steps)
     following = torch.cat([timesteps[1:], torch.tensor([-1])])
-    scored = schedule.coefficients(timesteps, following, eta)[2] > 0
+    tables = schedule.coefficients(timesteps, following, eta)
+    scored = tables[2] > 0
     latents, log_probs = [noise[:, 0].to(dtype)], []
+    # Times and coefficients of all steps, sent to the device once.
+    k_x, k_out, sigma = (_vector(v, latents[0])[:, None].expand(-1, B) for v in tables)  # (T, B)
+    times = timesteps.to(device, non_blocking=True)[:, None].expand(-1, B)
     for i, (t, t_prev) in enumerate(zip(timesteps.tolist(), following.tolist())):
-        output = predict(unet, latents[-1], t, condition, guidance=guidance)
-        x_prev, log_prob = ddim_step(schedule, output, latents[-1], t, t_prev, eta=eta, noise=noise[:, i + 1])
+        output = _predict(unet, latents[-1], times[i], condition, guidance, guided)
+        x_prev, log_prob = ddim_step(
+            schedule, output, latents[-1], t, t_prev, eta=eta, noise=noise[:, i + 1],
+            coefficients=(k_x[i], k_out[i], sigma[i]),
+        )  # fmt: skip
         latents.append(x_prev)
         log_probs.append(log_prob)
     return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1), timesteps, scored)

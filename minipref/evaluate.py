@@ -22,12 +22,13 @@ from .data.scenes import CAPTION_SHARE, HELD_OUT_WORLD, SIZE, describe, scenes, 
 from .diffusion import ddim_mean, predict
 from .losses import gaussian_kl
 from .models.unet import UNet
+from .named_rewards import CheckedReward, load_reward
 from .pipeline import Pipeline, Sampling, learned_reward, load_unet
 from .report import rl_grid
-from .rewards import CheckedReward, LearnedReward, load_reward
+from .rewards import LearnedReward
 from .runtime.checkpoint import atomic_write
 from .runtime.config import opt, parse
-from .runtime.runlog import progress, read_run
+from .runtime.runlog import progress, read_json, read_run
 
 
 @dataclass(frozen=True)
@@ -46,29 +47,35 @@ class EvaluateConfig:
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
 
 
-def load_run(folder: str, which: str, device: str) -> tuple[dict, Pipeline, UNet]:
-    """-> a run's configuration, the base model's pipeline, and the aligned UNet: last, best, or (which "") the one that
+# What the configuration of a run must hold for the tools that read it.
+KEYS = {
+    "train_rl.py": ("weights", "data", "reward", "seed", "held_out", "eval_prompts", "steps", "eta"),
+    "train_rpo.py": ("weights", "references", "lam_val", "sample_steps", "guidance", "eta"),
+}
+
+
+def load_run(folder: str, which: str, device: str, script: str = "train_rl.py") -> tuple[dict, Pipeline, UNet]:
+    """-> a run's configuration, the base model's pipeline, and the trained UNet: last, best, or (which "") the one that
     its summary was judged by."""
     config = read_run(folder)
     path = Path(folder) / f"{which or judged_by(folder)}.pt"
-    if missing := {"weights", "data", "reward", "seed", "held_out", "eval_prompts", "steps", "eta"} - set(config):
-        raise ValueError(
-            f"{Path(folder) / 'config.json'}: no run of train_rl.py, it lacks {', '.join(sorted(missing))}"
-        )
+    if missing := set(KEYS[script]) - set(config):
+        raise ValueError(f"{Path(folder) / 'config.json'}: no run of {script}, it lacks {', '.join(sorted(missing))}")
     pipe = Pipeline.load(config.get("weights"), device)
     aligned, _, meta = load_unet(path)
     if meta.get("base") != pipe.fingerprint:
-        raise ValueError(f"{path}: was aligned from another base model than {config['weights'] or 'the shipped one'}")
+        raise ValueError(f"{path}: was trained from another base model than {config['weights'] or 'the shipped one'}")
     if aligned.config != pipe.unet.config:
         raise ValueError(f"{path}: its UNet is configured differently from the base model's ({pipe.unet.config})")
     return config, pipe, aligned.to(memory_format=torch.channels_last).to(pipe.device)  # type: ignore[call-overload]
 
 
 def judged_by(folder: str | Path) -> str:
-    """Which weights a run speaks of: "best" where the guard has stopped it (its log says so), else "last"."""
+    """Which weights a run speaks of: "best" of RPO and where RL's guard has stopped it, by its log; else "last"."""
     log = Path(folder) / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    return "best" if lines and '"stopped": true' in lines[-1] else "last"
+    stopped = bool(lines) and '"stopped": true' in lines[-1]
+    return "best" if stopped or "lam_val" in read_json(Path(folder) / "config.json") else "last"
 
 
 def run_prompts(config: dict, start: int, count: int) -> Prompts:

@@ -78,3 +78,43 @@ def gaussian_kl(mean: Tensor, mean_ref: Tensor, sigma: Tensor) -> Tensor:
     """
     _same_shape("gaussian_kl", mean=mean, mean_ref=mean_ref)
     return ((mean - mean_ref).square() / (2 * sigma**2)).flatten(1).sum(1)
+
+
+# ------------------------------------------------------------------------------------------------ RPO
+# `kernels.preference_loss_from_predictions` is `denoising_loss` of four predictions, margin and loss in one.
+
+
+def preference_margin(theta_ref: Tensor, base_ref: Tensor, theta_gen: Tensor, base_gen: Tensor) -> Tensor:
+    """l = (base − theta)_ref − (base − theta)_gen: how much more the training has improved on the reference than on
+    the generated picture (RPO Eq. 7).
+
+    All (B,): a mean squared error per sample (`denoising_loss`) each, so that beta means the same at every size.
+    """
+    _same_shape("preference_margin", theta_ref=theta_ref, base_ref=base_ref, theta_gen=theta_gen, base_gen=base_gen)
+    return (base_ref - theta_ref) - (base_gen - theta_gen)
+
+
+def preference_loss(margin: Tensor, label: Tensor, beta: float) -> Tensor:
+    """−[y·log sigmoid(beta·l) + (1 − y)·log sigmoid(−beta·l)] per pair, then the mean (RPO Eq. 7, Bradley–Terry).
+
+    margin (B,), label y (B,) in [0, 1]: the probability, or a draw, of "the reference is preferred". y = 1 is
+    Diffusion-DPO (Wallace et al. 2023, our beta is half of theirs). Its gradient is beta·(sigmoid(beta·l) − y)·grad l:
+    with y near ½ it pulls beta·l towards logit(y), near the base model.
+    """
+    _same_shape("preference_loss", margin=margin, label=label)
+    pulled = beta * margin
+    return -(label * F.logsigmoid(pulled) + (1 - label) * F.logsigmoid(-pulled)).mean()
+
+
+def preference_label(
+    reward_ref: Tensor, reward_gen: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """P(ref ≻ gen) = sigmoid((r_ref − r_gen)/temperature) (RPO Eq. 6), (B,); with a generator a draw from it, 0 or 1.
+
+    Temperature 1 is the paper's. Its rewards lie in [0, 1], so its labels are nearly coin flips.
+    """
+    _same_shape("preference_label", reward_ref=reward_ref, reward_gen=reward_gen)
+    probability = torch.sigmoid((reward_ref - reward_gen) / temperature)
+    if generator is None:
+        return probability
+    return torch.bernoulli(probability, generator=generator)

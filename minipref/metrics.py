@@ -35,6 +35,34 @@ def wilson_interval(rate: float, count: int, z: float = 1.959964) -> tuple[float
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+# Two-sided 95 % quantiles of Student's t with 1, 2, … degrees of freedom.
+T_QUANTILES: tuple[float, ...] = (
+    12.7062,
+    4.3027,
+    3.1824,
+    2.7764,
+    2.5706,
+    2.4469,
+    2.3646,
+    2.3060,
+    2.2622,
+    2.2281,
+    2.2010,
+    2.1788,
+    2.1604,
+)
+T_QUANTILES += (2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860)
+
+
+def t_interval(x: Tensor) -> tuple[float, float]:
+    """Student's 95 % interval for the mean of independent x (N,), N ≥ 2; beyond 21 values, the quantile of 21."""
+    if x.ndim != 1 or len(x) < 2:
+        raise ValueError(f"t_interval: x {tuple(x.shape)}; expected at least two values (N,)")
+    x = x.double()
+    half = T_QUANTILES[min(len(x) - 1, len(T_QUANTILES)) - 1] * float(x.std()) / math.sqrt(len(x))
+    return float(x.mean()) - half, float(x.mean()) + half
+
+
 def _centred(x: Tensor, groups: Tensor) -> Tensor:
     _, index, counts = torch.unique(groups, return_inverse=True, return_counts=True)
     sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, index, x.double())

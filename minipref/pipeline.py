@@ -64,6 +64,7 @@ class Pipeline:
     tokenizer: WordTokenizer
     device: torch.device
     fingerprint: str  # of unet.pt: a run says which base model it started from
+    meta: dict  # what unet.pt says of itself
 
     @staticmethod
     def load(weights: str | Path | None, device: str = "cpu") -> Pipeline:
@@ -75,7 +76,7 @@ class Pipeline:
             )
         unet, schedule, meta = load_unet(folder / "unet.pt")
         clip, tokenizer = load_clip(folder / "clip.pt")
-        check_text(meta, folder / "clip.pt", folder / "unet.pt")
+        check_text(meta, clip, folder / "clip.pt", folder / "unet.pt")
         c, codec = unet.config, SMALL_CODEC
         expected = 2 * codec.channels + codec.mask_channels, codec.channels, clip.config.text_hidden_size
         if (c.in_channels, c.out_channels, c.cross_attention_dim) != expected:
@@ -84,7 +85,7 @@ class Pipeline:
                 f"{c.cross_attention_dim}; this codec and clip.pt need {expected[0]}, {expected[1]} and {expected[2]}"
             )
         unet.to(memory_format=torch.channels_last).to(where)  # type: ignore[call-overload]
-        return Pipeline(unet, schedule, SMALL_CODEC, clip.to(where), tokenizer, where, digest(folder / "unet.pt"))
+        return Pipeline(unet, schedule, SMALL_CODEC, clip.to(where), tokenizer, where, digest(folder / "unet.pt"), meta)
 
     @torch.no_grad()
     def condition(self, prompts: Prompts) -> Condition:
@@ -142,10 +143,18 @@ class Pipeline:
         return prompts.paste_known(images)
 
 
-def check_text(meta: dict, clip: Path, unet: str | Path) -> None:
+def check_text(meta: dict, clip: CLIP, path: Path, unet: str | Path) -> None:
     """A UNet understands the text encoder that it was trained with and no other."""
-    if meta.get("clip", digest(clip)) != digest(clip):
-        raise ValueError(f"{unet}: was trained with another clip.pt than {clip}")
+    if meta.get("clip", text_digest(clip)) != text_digest(clip):
+        raise ValueError(f"{unet}: was trained with another clip.pt than {path}")
+
+
+def text_digest(clip: CLIP) -> str:
+    """Of the weights that the UNet's condition depends on; the rest of CLIP may be trained on."""
+    whole = hashlib.sha256()
+    for name, v in sorted(clip.context_state().items()):
+        whole.update(name.encode() + v.detach().cpu().float().numpy().tobytes())
+    return whole.hexdigest()[:16]
 
 
 def digest(path: Path) -> str:

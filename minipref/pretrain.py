@@ -11,7 +11,7 @@ import shlex
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from .fit_reward import FitConfig, fit
 from .losses import denoising_loss
 from .models.clip import CLIP, clip_loss
 from .models.unet import UNet
-from .pipeline import Pipeline, check_text, digest, load_clip, load_unet, pick_device
+from .pipeline import Pipeline, check_text, load_clip, load_unet, pick_device, text_digest
 from .presets import SMALL_CODEC, SMALL_SCHEDULE, SMALL_UNET, small_clip, small_tokenizer
 from .runtime import checkpoint
 from .runtime.config import opt, parse
@@ -51,7 +51,9 @@ class PretrainConfig:
     unet_steps: int = opt(60000, "updates of the UNet", lo=1)
     unet_batch: int = opt(32, "pictures a batch of the UNet", lo=1)
     unet_lr: float = opt(2e-3, "peak learning rate of the UNet", lo=0)
-    start_from: str = opt("", "folder whose unet.pt is trained on, with new scenes and noise; empty: from nothing")
+    start_from: str = opt(
+        "", "folder whose clip.pt or unet.pt (--only says which) is trained on, with new scenes; empty: from nothing"
+    )
     ema: float = opt(0.999, "decay of the averaged weights that are kept", lo=0, hi=1)
     sloppy_share: float = opt(0.5, "share of the partial holes that are filled carelessly", lo=0, hi=1)
     full_share: float = opt(0.6, "share of full masks, that is of plain text-to-image", lo=0, hi=1)
@@ -75,54 +77,85 @@ def warmup_cosine(step: int, total: int, warmup: int = 200) -> float:
 # ------------------------------------------------------------------------------------------------ CLIP
 
 
-def clip_batch(rng: np.random.Generator, count: int, hard_share: float = 0.5) -> tuple[Tensor, list[str]]:
-    """Whole pictures, half of them sloppy, and captions that name the quality half of the time.
+CLIP_PLAIN_SHARE = 0.2  # patterns are what the encoders learn last: they come more often than in the world
 
-    `hard_share` of the batches hold three colours only: there colour tells little apart, and shape and pattern must.
-    Otherwise neither tower learns much of shapes.
+
+TWIN_WEIGHT = 0.5  # of the contrast between two pictures of one thing, beside that of pictures and captions
+
+
+def elsewhere(rng: np.random.Generator, scene: S.Scene) -> S.Scene:
+    """Another scene whose first thing is this one's: shape, colours and pattern; place, size and the rest are new."""
+    thing, other = scene.things[0], scene
+    while other is scene or other.background in (thing.colour, thing.second):
+        other = S.random_scene(rng, S.COLOURS, S.SECOND_OBJECT_SHARE, CLIP_PLAIN_SHARE)
+    kept = {k: getattr(thing, k) for k in ("shape", "colour", "pattern", "second")}
+    return replace(other, things=(replace(other.things[0], **kept), *other.things[1:]))
+
+
+def clip_batch(rng: np.random.Generator, count: int, hard_share: float = 0.5) -> tuple[Tensor, list[str], Tensor]:
+    """Whole pictures, half of them sloppy, captions that name the quality half of the time, and each picture's twin.
+
+    A twin shows the first thing again, elsewhere and as sloppy or clean: an encoder that has to find it does not
+    look at background and neighbours alone. `hard_share` of the batches hold three colours only: there colour tells
+    little apart, and shape and pattern must. Otherwise neither tower learns much of shapes.
     """
     few = tuple(rng.permutation(S.COLOURS)[:3].tolist()) if rng.random() < hard_share else S.COLOURS
-    batch = [S.random_scene(rng, few) for _ in range(count)]
-    images, careless = S.draw(batch), torch.from_numpy(rng.random(count) < 0.5)
-    images = torch.where(careless[:, None, None, None], S.sloppy(images), images)
+    batch = [S.random_scene(rng, few, S.SECOND_OBJECT_SHARE, CLIP_PLAIN_SHARE) for _ in range(count)]
+    careless = torch.from_numpy(rng.random(count) < 0.5)
+    images, twins = S.draw(batch), S.draw([elsewhere(rng, s) for s in batch])
+    images, twins = (torch.where(careless[:, None, None, None], S.sloppy(x), x) for x in (images, twins))
     quality = ["sloppy" if c else "clean" for c in careless.tolist()]
-    return images, [S.caption(s, rng, q if rng.random() < 0.5 else None) for s, q in zip(batch, quality)]
+    return images, [S.caption(s, rng, q if rng.random() < 0.5 else None) for s, q in zip(batch, quality)], twins
 
 
 def clip_recall(clip: CLIP, tokenizer, seed: int, count: int = 256) -> float:
     """Share of `count` held-out pictures whose own caption is the nearest of all (recall@1)."""
-    images, texts = clip_batch(np.random.default_rng([world(HELD_OUT_WORLD, seed), 1]), count, hard_share=0.0)
+    images, texts, _ = clip_batch(np.random.default_rng([world(HELD_OUT_WORLD, seed), 1]), count, hard_share=0.0)
     with torch.no_grad():
         similarity = clip.encode_image(images) @ clip.encode_text(tokenizer(texts)).T
     return float((similarity.argmax(1) == torch.arange(count)).float().mean())
 
 
 def train_clip(cfg: PretrainConfig, out: Path, command: str) -> dict:
+    """From nothing, or on from earlier weights; then the text that the UNet reads stays as it is."""
     torch.manual_seed(cfg.seed)
-    tokenizer, clip = small_tokenizer(), CLIP(small_clip())
+    tokenizer, clip, stages, held = small_tokenizer(), CLIP(small_clip()), list[dict](), set[str]()
     for name, p in clip.named_parameters():  # transformers' scale of embeddings; torch's default 1 is far too large
         if "embedding" in name:
             torch.nn.init.normal_(p, std=0.02)
+    if cfg.start_from:
+        earlier, tokenizer = load_clip(Path(cfg.start_from) / "clip.pt")
+        if earlier.config != clip.config or tokenizer.words != small_tokenizer().words:
+            raise ValueError(f"{cfg.start_from}/clip.pt: is configured differently from the small preset")
+        clip.load_state_dict(earlier.state_dict())
+        held = {f"text_model.{name}" for name in clip.context_state()}
+        stages = checkpoint.load(Path(cfg.start_from) / "clip.pt", "clip")[2].get("stages", [])
     clip.to(cfg.device).train()
-    optimiser = torch.optim.AdamW(clip.parameters(), lr=cfg.clip_lr, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
+    for name, p in clip.named_parameters():
+        p.requires_grad_(name not in held)
+    trained = [p for p in clip.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=cfg.clip_lr, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
     rng = np.random.default_rng(world(CLIP_WORLD, cfg.seed))
     start, bar = time.time(), progress(range(cfg.clip_steps), "CLIP")
     for step in bar:
         optimiser.param_groups[0]["lr"] = cfg.clip_lr * warmup_cosine(step, cfg.clip_steps)
-        images, texts = clip_batch(rng, cfg.clip_batch)
-        image = clip.encode_image(images.to(cfg.device))
+        images, texts, twins = clip_batch(rng, cfg.clip_batch)
+        image, twin = clip.encode_image(torch.cat([images, twins]).to(cfg.device)).chunk(2)
         text = clip.encode_text(tokenizer(texts).to(cfg.device))
-        loss = clip_loss(image, text, clip.logit_scale)
+        loss = clip_loss(image, text, clip.logit_scale) + TWIN_WEIGHT * clip_loss(image, twin, clip.logit_scale)
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         clip.logit_scale.data.clamp_(max=float(np.log(100)))
         if step % 100 == 99:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     clip.cpu().eval()
-    figures = {"recall_at_1_of_256": clip_recall(clip, tokenizer, cfg.seed), "seconds": time.time() - start}
-    meta = {"words": list(tokenizer.words), "seed": cfg.seed, "steps": cfg.clip_steps, **figures}
+    recall = clip_recall(clip, tokenizer, 0)
+    now = {"command": command, "seed": cfg.seed, "steps": cfg.clip_steps, "recall_at_1_of_256": recall}
+    stages = [*stages, now | {"seconds": time.time() - start}]
+    figures = {"recall_at_1_of_256": recall, "stages": stages, "seconds": sum(s["seconds"] for s in stages)}
+    meta = {"words": list(tokenizer.words), "stages": stages}
     checkpoint.save(out / "clip.pt", "clip", clip.config, clip.state_dict(), dtype=torch.float16, meta=meta)
     return figures
 
@@ -187,7 +220,7 @@ def train_unet(cfg: PretrainConfig, out: Path, command: str) -> dict:
             raise ValueError(f"{start_from}: is configured differently from the small preset ({SMALL_UNET})")
         if its_schedule.config != SMALL_SCHEDULE:
             raise ValueError(f"{start_from}: was trained with another noise schedule than the small preset's")
-        check_text(meta, out / "clip.pt", start_from)
+        check_text(meta, clip, out / "clip.pt", start_from)
         if "stages" not in meta:
             raise ValueError(f"{start_from}: does not say how it was trained; name the folder of a pretrain run")
         checkpoint.fill(unet, earlier.state_dict(), start_from)
@@ -204,7 +237,7 @@ def train_unet(cfg: PretrainConfig, out: Path, command: str) -> dict:
     def keep(name: str) -> list[dict]:
         now = {"command": command, "steps": step + 1, "loss": recent, "seconds": time.time() - start, **settings}
         done = [*stages, now]
-        meta = {"stages": done, "schedule": asdict(SMALL_SCHEDULE), "clip": digest(out / "clip.pt")}
+        meta = {"stages": done, "schedule": asdict(SMALL_SCHEDULE), "clip": text_digest(clip)}
         checkpoint.save(out / name, "unet", unet.config, average, dtype=torch.float16, meta=meta)
         return done
 
@@ -255,8 +288,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(cfg.threads)
     pick_device(cfg.device)
     out = Path(cfg.out)
-    if cfg.start_from and cfg.only != "unet":
-        raise ValueError("--start-from needs --only unet: it continues the UNet alone, with the clip.pt in --out")
+    if cfg.start_from and cfg.only not in ("clip", "unet"):
+        raise ValueError("--start-from needs --only clip or --only unet (which reads the clip.pt in --out)")
     if cfg.start_from and out.resolve() == Path(cfg.start_from).resolve():
         raise ValueError("--out and --start-from are the same folder: the earlier weights would be lost")
     for part in ("clip", "unet", "reward"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .data.prompts import Prompts
-from .runtime.draw import Panel, Series, curves, grid, save
+from .runtime.draw import Panel, Series, curves, grid, save, stack
 from .runtime.runlog import RunFolder
 
 SHOWN = 8  # the first prompts of a batch
@@ -113,3 +113,34 @@ def rl_curves(run: RunFolder) -> None:
     kept = [p for p in panels if any(s.x for s in p.series)]
     if kept:
         curves(kept, run.path / "curves.png")
+
+
+def rpo_grid(path: Path, subject, asked: list, shown: dict[str, Tensor], count: int = 8) -> None:
+    """The references; below them the rows of `shown` for the first prompts, first picture each, never chosen."""
+    references = grid([("references", subject.references[:count])], cell=96, title=subject.name)
+    rows = [(k, v[:count]) for k, v in shown.items()]
+    save(stack([references, grid(rows, cell=96, columns=[p.text for p in asked[:count]])]), path)
+
+
+def rpo_curves(run: RunFolder, lam: float, mean: str, kept: int) -> None:
+    """curves.png of an RPO run; the kept step is marked on every validated curve."""
+
+    def line(key: str, label: str) -> Series:
+        return Series(label, *run.column(key, "step"))
+
+    def validated(title: str, unit: str, names: dict[str, str]) -> Panel:
+        columns = {label: run.column(key, "step") for key, label in names.items()}
+        drawn = [Series(label, x, y) for label, (x, y) in columns.items() if x]
+        points = [y[x.index(kept)] for x, y in columns.values() if kept in x]
+        return Panel(title, "step", unit, [*drawn, Series("kept", [kept] * len(points), points, points=True)])
+
+    measures = {f"val_{k}": k for k in ("subject", "background", "second", "all")}
+    losses = [line(k, k) for k in ("similarity", "preference", "prior")]
+    panels = [
+        validated(f"Validation reward, {mean}, lambda {lam:g}", "reward", {f"val_{lam}": "reward"}),
+        validated("Likeness", "I and T, 0 to 1", {"val_i": "subject, I", "val_t": "prompt, T"}),
+        validated("True measures", "share of pictures", measures),
+        Panel("Losses", "step", "loss", [s for s in losses if s.x]),
+        Panel("Preference margin", "step", "l, mean squared error", [line("margin", "margin")]),
+    ]
+    curves([p for p in panels if any(s.x for s in p.series)], run.path / "curves.png")

@@ -1,4 +1,4 @@
-"""Rewards: the learned one that knows how far to trust itself, small built-in ones, and yours.
+"""Rewards: the learned one that knows how far to trust itself, and RPO's. The small ones are in `named_rewards.py`.
 
     z          reward feature                                        (d,)
     Z, y       training features (N, d) and their labels (N,)
@@ -8,28 +8,29 @@
     ‖z‖_V⁻¹    sqrt(zᵀ V⁻¹ z): how little the training data say about z
     gamma      trust weight exp(−k·‖z‖_V⁻¹ + b)
 
+RPO's reward, of pictures of a subject:
+
+    I          mean over the references of (cos(f(x), f(ref)) + 1)/2  likeness to the subject, 0 to 1
+    T          (cos(f(x), g(c)) + 1)/2                               likeness to the prompt, 0 to 1
+    r          1 / (lam/I + (1 − lam)/T), lambda-harmonic             (RPO Eq. 5)
+
 A reward is any callable `reward(images (B, 3, H, W) in [0, 1], batch: Prompts)` that returns a tensor (B,) or `Scores`.
 """
 
 from __future__ import annotations
 
-import importlib
-import io
 import math
-import os
-import sys
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from .data import annotator
 from .data.prompts import Prompts
+from .data.subjects import SUBJECT
 from .models.reward_features import ClipFeatureConfig, ClipFeatures, FeatureConfig, RewardFeatures
 from .runtime import checkpoint
 
@@ -246,149 +247,73 @@ class LearnedReward(nn.Module):
         return LearnedReward(checkpoint.build(*kinds, values, own, path), ridge, calibration)
 
 
-# ------------------------------------------------------------------------------------------------ built-in rewards
+# ------------------------------------------------------------------------------------------------ RPO
 
 
-def brightness(images: Tensor, batch: Prompts) -> Tensor:
-    """Mean luma (Rec. 601) of the whole picture, 0 to 1."""
-    return (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1).mean((1, 2))
+def stripped(prompt: str) -> str:
+    """The prompt without the subject's token: "a [V] dog" -> "a dog". No encoder has learned what [V] means."""
+    return re.sub(r"\s+([,.;:!?])|\s+", lambda m: m[1] or " ", prompt.replace(SUBJECT, " ")).strip()
 
 
-def jpeg_size(images: Tensor, batch: Prompts) -> Tensor:
-    """Kilobytes of the picture as a JPEG of quality 95 (DDPO's incompressibility)."""
-    sizes = []
-    for x in (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
-        buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(x)).save(buffer, "JPEG", quality=95)
-        sizes.append(buffer.tell() / 1000)
-    return torch.tensor(sizes)
+def likeness(cosine: Tensor) -> Tensor:
+    """(cos + 1)/2: −1 … 1 -> 0 … 1."""
+    return (cosine + 1) / 2
 
 
-def jpeg_small(images: Tensor, batch: Prompts) -> Tensor:
-    """Minus `jpeg_size` (DDPO's compressibility)."""
-    return -jpeg_size(images, batch)
+def harmonic(image: Tensor, text: Tensor, lam: float) -> Tensor:
+    """1 / (lam/I + (1 − lam)/T), (B,) (RPO Eq. 5). lam 1 gives I, lam 0 gives T; between, I = 0 or T = 0 gives 0.
+
+    Never above the arithmetic mean lam·I + (1 − lam)·T; for lam between 0 and 1 equal to it only where I = T.
+    """
+    if not 0 <= lam <= 1:
+        raise ValueError(f"harmonic: lam={lam}; choose a weight from 0 to 1")
+    if lam == 0:
+        return text
+    if lam == 1:
+        return image
+    return image * text / (lam * text + (1 - lam) * image).clamp(min=torch.finfo(image.dtype).tiny)
 
 
-def gold(images: Tensor, batch: Prompts) -> Tensor:
-    """The toy raters' noise-free label, 1 to 7: an upper bound, never available with real people."""
-    if batch.scenes is None:
-        raise ValueError("gold needs the true scenes of the toy world; pictures of your own have none")
-    return annotator.gold(images, batch.masks, batch.scenes).label
+def arithmetic(image: Tensor, text: Tensor, lam: float) -> Tensor:
+    """lam·I + (1 − lam)·T: the rival of the paper's ablation."""
+    if not 0 <= lam <= 1:
+        raise ValueError(f"arithmetic: lam={lam}; choose a weight from 0 to 1")
+    return lam * image + (1 - lam) * text
 
 
-class ClipReward:
-    """Cosine similarity to a text, or to each prompt's own text where none is given, −1 to 1."""
+class SubjectReward:
+    """I and T of pictures of one subject. The references are encoded once; "[V]" never reaches the text tower."""
 
-    def __init__(self, clip, tokenizer, text: str | None = None):
-        if text and (unknown := tokenizer.unknown(text)):
-            raise ValueError(f"the text {text!r} has words that the CLIP-like encoder never saw: {', '.join(unknown)}")
-        self.clip, self.tokenizer, self.text = clip, tokenizer, text
+    def __init__(self, clip, tokenizer, references: Tensor, batch: int = 64):
+        if len(references) == 0:
+            raise ValueError("no reference pictures of the subject")
+        self.clip, self.tokenizer, self.batch = clip, tokenizer, batch
+        self.references = self.embed(references)  # (R, P), unit vectors
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, batch: Prompts) -> Tensor:
-        texts = batch.texts if self.text is None else [self.text] * len(images)
-        if not all(texts):
-            raise ValueError("prompts without a text; name one: --reward 'clip:a red circle on a blue background'")
-        device = self.clip.logit_scale.device
-        image, text = self.clip.encode_image(images.to(device)), self.clip.encode_text(self.tokenizer(texts).to(device))
-        return (image * text).sum(1).cpu()
+    def embed(self, images: Tensor) -> Tensor:
+        device = next(self.clip.parameters()).device
+        return torch.cat([self.clip.encode_image(x.to(device)).cpu() for x in images.split(self.batch)])
 
+    @torch.no_grad()
+    def read(self, prompts: list[str]) -> Tensor:
+        """Texts without "[V]", each different one encoded once: (B, P)."""
+        said = sorted({stripped(p) for p in prompts})
+        device = next(self.clip.parameters()).device
+        known = dict(zip(said, self.clip.encode_text(self.tokenizer(said).to(device)).cpu()))
+        return torch.stack([known[stripped(p)] for p in prompts])
 
-BUILT_IN: dict[str, Reward] = {
-    "brightness": brightness,
-    "jpeg_size": jpeg_size,
-    "jpeg_small": jpeg_small,
-    "gold": gold,
-}
+    def __call__(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """images (B, 3, H, W) in [0, 1], B prompts -> I (B,), T (B,), each in [0, 1]."""
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} pictures but {len(prompts)} prompts")
+        x = self.embed(images)
+        return likeness(x @ self.references.T).mean(1), likeness((x * self.read(prompts)).sum(1))
 
-
-def load_reward(name: str, learned: Callable[[], Reward], clip: Callable[[], tuple[Any, Any]]) -> Reward:
-    """The reward that `--reward` names: "model" (the trained one), "model:RUN" (of a run of train_reward.py),
-    "clip:TEXT", a built-in, a weighted sum such as "0.7*model+0.3*brightness", or "package.module:function"."""
-    terms = [t.strip() for t in name.split("+")]
-    if len(terms) > 1 or "*" in name:
-        return _weighted_sum(terms, lambda n: load_reward(n, learned, clip))
-    if name == "model":
-        return learned()
-    if name.startswith("model:"):
-        path = Path(name[6:].strip())
-        return LearnedReward.load(path / "reward.pt" if path.is_dir() else path)
-    if name.startswith("clip:"):
-        encoder, tokenizer = clip()
-        return ClipReward(encoder, tokenizer, name[5:].strip())
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    if ":" not in name:
-        known = ", ".join(["model", "model:RUN", "clip:TEXT", *BUILT_IN])
-        raise ValueError(f"--reward {name}: unknown; choose {known}, or yours as package.module:function")
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # a script's own folder is on the path, the user's is not
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as e:  # whatever the user's module does when it is imported
-        reason = f"{type(e).__name__}: {e}"
-        raise ValueError(f"--reward {name}: cannot be imported ({reason}); run from the folder that holds it") from None
-    if not callable(found):
-        raise ValueError(f"--reward {name}: is no function")
-    return found
-
-
-def _weighted_sum(terms: list[str], load: Callable[[str], Reward]) -> Reward:
-    parsed = []
-    for term in terms:
-        weight, star, rest = term.partition("*")
-        try:
-            factor, inner = (float(weight), rest.strip()) if star else (1.0, term)
-            parsed.append((factor, CheckedReward(inner, load(inner))))
-        except ValueError as e:
-            raise ValueError(f"--reward term {term!r}: {e}") from None
-
-    def total(images: Tensor, batch: Prompts) -> Scores:
-        scored = [r(images, batch) for _, r in parsed]
-        value = sum(w * s.value for (w, _), s in zip(parsed, scored))
-        trust = next((s.trust for s in scored if s.trust is not None), None)
-        parts = {k: abs(w) * v if k == "bound" else v for (w, _), s in zip(parsed, scored) for k, v in s.parts.items()}
-        return Scores(value, trust, parts)  # type: ignore[arg-type]
-
-    return total
-
-
-def as_scores(result: Tensor | Scores) -> Scores:
-    return result if isinstance(result, Scores) else Scores(result)
-
-
-class CheckedReward:
-    """A reward whose every answer is checked: shape (B,), finite numbers, and at first a difference between pictures.
-
-    Later a constant is no fault: a reward of "solved or not" becomes one when all is solved.
-    """
-
-    def __init__(self, name: str, reward: Reward):
-        self.name, self.reward, self.told_apart = name, reward, False
-
-    def __call__(self, images: Tensor, batch: Prompts) -> Scores:
-        expected = f"expected a tensor of {len(images)} finite numbers, one per picture"
-        try:
-            scores = as_scores(self.reward(images, batch))
-        except Exception as e:
-            raise ValueError(f"reward {self.name}: raised {type(e).__name__}: {e}; {expected}") from e
-
-        def column(what: str, x: Any) -> Tensor:
-            if not isinstance(x, Tensor) or x.shape != (len(images),):
-                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"reward {self.name}: {what} {got}; {expected}")
-            if not torch.isfinite(x).all():
-                raise ValueError(f"reward {self.name}: {what} NaN or infinity; {expected}")
-            return x.detach().float().cpu()
-
-        value = column("returned", scores.value)
-        trust = None if scores.trust is None else column("returned a trust of", scores.trust)
-        parts = {k: column(f"returned a part {k!r} of", v) for k, v in scores.parts.items()}
-        if len(value) > 1 and not self.told_apart:
-            self.told_apart = bool((value != value[0]).any())
-        if len(value) > 1 and not self.told_apart:
-            raise ValueError(
-                f"reward {self.name}: gave all {len(value)} pictures the value {value[0].item():g}: nothing to learn"
-            )
-        return Scores(value, trust, parts)
+    def of_references(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """I and T of every reference under each of B prompts: (R, B) twice. I is the likeness to the other ones."""
+        alike, R = likeness(self.references @ self.references.T), len(self.references)
+        if R < 2:
+            raise ValueError("one reference picture: there is no other to compare it with")
+        I = (alike.sum(1) - alike.diagonal()) / (R - 1)
+        return I[:, None].expand(-1, len(prompts)), likeness(self.references @ self.read(prompts).T)

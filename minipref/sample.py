@@ -1,12 +1,13 @@
 """`python -m minipref sample --run RUN`: completions of the base beside those of the aligned model, as one PNG.
 
 Your own picture: `--image photo.jpg --mask hole.png` (white = hole; without one, an outpainting mask is drawn).
-A prompt alone, `--prompt "a red circle on a blue background" --full`, is text-to-image.
+A prompt alone, `--prompt "a red circle on a blue background" --full`, is text-to-image. With a subject's run of
+train_rpo.py, `--prompt "a [V] square on a red background"` places the subject.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,17 @@ from .data import masks as M
 from .data.folders import SUFFIXES, read_image, read_mask
 from .data.prompts import Prompts, text_prompts
 from .data.scenes import SIZE
+from .data.subjects import SUBJECT
 from .evaluate import load_run, run_prompts
 from .pipeline import Pipeline, Sampling
 from .runtime.config import opt, parse
 from .runtime.draw import grid, save, to_image
+from .runtime.runlog import read_run
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    run: str = opt("", "run folder of train_rl.py; empty: the base model alone")
+    run: str = opt("", "run folder of train_rl.py or train_rpo.py; empty: the base model alone")
     weights: str = opt("", "without --run: folder with unet.pt and clip.pt; empty: the shipped small ones")
     checkpoint: str = opt(
         "", "last, best, or empty: the weights that the run was judged by", choices=("", "last", "best")
@@ -35,8 +38,8 @@ class SampleConfig:
     full: bool = opt(False, "everything is hole: text-to-image")
     count: int = opt(8, "completions", lo=1)
     steps: int = opt(0, "DDIM steps; 0: those of the run, or 25", lo=0)
-    eta: float = opt(1.0, "noise of the DDIM steps, 0 is deterministic", lo=0, hi=1)
-    guidance: float = opt(1.0, "classifier-free guidance scale", lo=0)
+    eta: float = opt(-1, "noise of the DDIM steps, 0 is deterministic; -1: that of an RPO run, or 1", lo=-1, hi=1)
+    guidance: float = opt(-1, "classifier-free guidance scale; -1: that of an RPO run, or 1", lo=-1)
     seed: int = opt(0, "seed of the noise and of drawn masks", lo=0)
     out: str = opt("", "PNG to write; empty: sample.png in the run folder or here")
     device: str = opt("cpu", "cpu, cuda or mps")
@@ -79,14 +82,29 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--out {out}: is the picture to be read; name another file")
     if cfg.run and cfg.weights:
         raise ValueError("--weights: a run knows the weights that it started from")
+    config = read_run(cfg.run) if cfg.run else {}
+    script = "train_rpo.py" if "lam_val" in config else "train_rl.py"
+    if script == "train_rpo.py":  # a subject placed by a prompt: text-to-image, sampled as in the run
+        if cfg.image or not cfg.prompt:
+            raise ValueError(f"--run {cfg.run}: a subject's run draws from a text; say --prompt 'a {SUBJECT} …'")
+        if SUBJECT not in cfg.prompt:
+            raise ValueError(f"--prompt {cfg.prompt!r}: name the subject by {SUBJECT}, as in 'a {SUBJECT} square'")
+        cfg = replace(cfg, full=True, steps=cfg.steps or config.get("sample_steps", 0))
+    own = config if script == "train_rpo.py" else {}
+    for name, value in (("eta", cfg.eta), ("guidance", cfg.guidance)):
+        if -1 < value < 0:
+            raise ValueError(f"--{name} {value:g}: 0 or more, or -1 for the run's own")
+    eta, guidance = (v if v >= 0 else own.get(k, 1.0) for k, v in (("eta", cfg.eta), ("guidance", cfg.guidance)))
     if cfg.run:
-        config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device)
+        config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device, script)
     else:
-        config, pipe, aligned = {}, Pipeline.load(cfg.weights, cfg.device), None
+        pipe, aligned = Pipeline.load(cfg.weights, cfg.device), None
+    if pipe.tokenizer.left_out(cfg.prompt):
+        raise ValueError(f"--prompt: the text encoder reads {pipe.tokenizer.max_length - 2} words; shorten it")
     if unknown := pipe.tokenizer.unknown(cfg.prompt):
         print(f"note: the model has never seen: {', '.join(unknown)}")
     prompts = wanted(cfg, config)
-    how = Sampling(cfg.steps or config.get("steps", 25), cfg.eta, cfg.guidance)
+    how = Sampling(cfg.steps or config.get("steps", 25), eta, guidance)
     models = [("base", pipe.unet)] + ([("aligned", aligned)] if aligned is not None else [])
     made = {name: pipe.complete(unet, prompts, how, seed=cfg.seed, epoch=0) for name, unet in models}
     rows = [] if cfg.full else [("prompt (grey = hole)", prompts.masked)]

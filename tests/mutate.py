@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
 import multiprocessing
 import os
@@ -23,12 +24,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {  # the tests that know a file best come first
     "diffusion.py": ["test_diffusion.py", "test_rollout.py"],
-    "rewards.py": ["test_bound.py", "test_reward_model.py", "test_rewards.py"],
-    "losses.py": ["test_losses.py"],
+    "rewards.py": ["test_bound.py", "test_reward_model.py", "test_rewards.py", "test_rpo.py"],
+    "losses.py": ["test_losses.py", "test_rpo.py"],
     "metrics.py": ["test_metrics.py"],
 }
-FILES = list(TESTS)
+FILES = list(TESTS)  # the papers
+TESTS |= {
+    f"kernels/{name}.py": ["test_kernels.py"]
+    for name in ("q_sample", "group_norm_act", "geglu", "ddim_step_logprob", "preference_loss")
+}
 TIMEOUT = 120  # seconds; a mutant that hangs is killed
+DIED = -1
 
 # Mutants that no test can kill, because they change nothing: what their new line contains, and why.
 EXPLAINED = {
@@ -72,6 +78,46 @@ EXPLAINED = {
     "value != value[1]": "some two values differ either way",
     "(y.double() - self(Z))": "squared",
 }
+
+# Faults that fused kernels are prone to: file, text (once in it), what stands there instead.
+KERNEL_FAULTS = [
+    ("q_sample", "tl.store(OUT + b * n + i, x_t.to(OUT.dtype.element_ty), mask=inside)",
+     "tl.store(OUT + b * n + i, x_t.to(OUT.dtype.element_ty), mask=i < n - 1)"),
+    ("q_sample", "tl.load(X0 + b * n + i", "tl.load(X0 + b * (n + 1) + i"),  # wrong stride
+    ("q_sample", "x_t = tl.load(A + b).to(ACC) * x0", "x_t = tl.load(A).to(ACC) * x0"),
+    ("q_sample", "(tl.load(A + b).to(ACC) * g)", "(tl.load(S + b).to(ACC) * g)"),  # swapped gradients
+    ("group_norm_act", "tl.where(inside, x - mean, 0.0)", "x - mean"),  # dropped mask
+    ("group_norm_act", "/ count + EPS)", "/ count + 2 * EPS)"),  # wrong eps
+    ("group_norm_act", "/ count + EPS)", "/ count)"),  # no eps
+    ("group_norm_act", "u = a[:, None] * ((x - mean) * rstd) + b[:, None]",
+     "u = b[:, None] * ((x - mean) * rstd) + a[:, None]"),  # swapped scale and shift
+    ("group_norm_act", "mean = tl.sum(tl.sum(total, 1), 0) / count", "mean = tl.sum(tl.sum(total, 1), 0) / P"),
+    ("group_norm_act", "m1, m2 = tl.sum(a * db, 0) / count, tl.sum(a * da, 0) / count",
+     "m1, m2 = tl.sum(a * db, 0), tl.sum(a * da, 0)"),  # unscaled mean
+    ("group_norm_act", "strides = (x.stride(0), pixels, 1) if x.is_contiguous() else (x.stride(0), 1, x.shape[1])",
+     "strides = (x.stride(0), pixels, 1)"),  # channels_last read as NCHW
+    ("group_norm_act", "(a[:, None] * du - m1 - xhat * m2)", "(a[:, None] * du - xhat * m2)"),
+    ("group_norm_act", "(a[:, None] * du - m1 - xhat * m2)", "(a[:, None] * du - m1)"),
+    ("group_norm_act", "tl.store(DB + n * C + channel, db", "tl.store(DB + n * C + channel, da"),
+    ("group_norm_act", "sum_dux += du * xhat", "sum_dux += du"),
+    ("geglu", "y = value * gate * 0.5 *", "y = gate * gate * 0.5 *"),
+    ("geglu", "(below + gate * density)", "below"),
+    ("geglu", "tl.store(DH + row * 2 * n + n + i, d_gate", "tl.store(DH + row * 2 * n + i, d_gate"),
+    ("geglu", "gate = tl.load(H + row * 2 * n + n + i, mask=inside, other=0.0).to(ACC)\n        y",
+     "gate = tl.load(H + row * n + n + i, mask=inside, other=0.0).to(ACC)\n        y"),  # wrong stride
+    ("ddim_step_logprob", "x_prev = kept.to(ACC)", "x_prev = drawn"),  # scored before it is rounded
+    ("ddim_step_logprob", " - tl.log(sigma) - ", " - "),
+    ("ddim_step_logprob", "tl.sum(total, 0) / n", "tl.sum(total, 0)"),  # unscaled mean
+    ("ddim_step_logprob", "((1.0 - W) * d)", "(d)"),
+    ("ddim_step_logprob", "(k_eps / (sigma * n))", "(k_eps / n)"),
+    ("ddim_step_logprob", "eps += W * (", "eps += ("),
+    ("preference_loss", "base * base - policy * policy", "policy * policy - base * base"),
+    ("preference_loss", "margin = (gained_ref - gained_gen) / n", "margin = (gained_ref - gained_gen)"),
+    ("preference_loss", "+ (1.0 - y) * pulled)", "+ y * pulled)"),
+    ("preference_loss", "/ pairs + tl.load(GM + b).to(ACC)", "/ pairs"),
+    ("preference_loss", "tl.load(GL).to(ACC) / pairs", "tl.load(GL).to(ACC)"),  # unscaled mean
+    ("preference_loss", "(2.0 * g * gen / n)", "(-2.0 * g * gen / n)"),
+]  # fmt: skip
 
 SWAPS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult,
@@ -192,6 +238,51 @@ def run(folder: str, tests: list[str], results) -> None:
         results.put(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
 
 
+def outcome(folder: str, tests: list[str]) -> int:
+    """Exit status of the tests against the package in `folder`; DIED where the process died or hung."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=run, args=(folder, tests, results))
+    process.start()
+    process.join(TIMEOUT)
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    return results.get() if not results.empty() else DIED
+
+
+@contextlib.contextmanager
+def package_copy():
+    """A folder with the package and its tests, to be spoilt."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("minipref", "tests"):
+            shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        yield folder
+
+
+def kernel_faults() -> int:
+    """Every listed fault in turn. -> 0 where each makes a test fail."""
+    survived = 0
+    with package_copy() as folder:
+        if outcome(folder, ["tests/test_kernels.py"]):
+            print("the tests fail without any fault; nothing can be said")
+            return 2
+        for name, old, new in KERNEL_FAULTS:
+            path = Path(folder) / "minipref" / "kernels" / f"{name}.py"
+            text = path.read_text(encoding="utf-8")
+            if text.count(old) != 1:
+                raise ValueError(f"{name}: {text.count(old)} places read {old!r}")
+            path.write_text(text.replace(old, new), encoding="utf-8")
+            killed = outcome(folder, ["tests/test_kernels.py"])
+            path.write_text(text, encoding="utf-8")
+            survived += not killed
+            how = {0: "SURVIVED", DIED: "died or hung"}.get(killed, "killed")
+            print(f"- {how}, {name}: {old.strip()} -> {new.strip()}", flush=True)
+    print(f"{len(KERNEL_FAULTS) - survived} of {len(KERNEL_FAULTS)} faults killed")
+    return int(survived > 0)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=240)
@@ -199,6 +290,7 @@ def main() -> int:
     parser.add_argument("--files", nargs="*", default=FILES)
     parser.add_argument("--within", default="", help="only mutants whose line of code contains this text")
     parser.add_argument("--defs", nargs="*", help="only mutants in the functions and classes of these names")
+    parser.add_argument("--kernel-faults", action="store_true", help="the faults that fused kernels are prone to")
     args = parser.parse_args()
 
     import numpy  # noqa: F401  loaded once, before the processes are forked
@@ -206,6 +298,11 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looks without starting CUDA: the tests are forked
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if args.kernel_faults:
+        return kernel_faults()
     trees = {f: ast.parse((ROOT / "minipref" / f).read_text(encoding="utf-8")) for f in args.files}
     every = [(f, i) for f, tree in trees.items() for i in range(len(list(mutations(tree))))]
     if args.defs:
@@ -215,28 +312,16 @@ def main() -> int:
     chosen = sorted(random.Random(args.seed).sample(every, min(args.count, len(every))))
     print(f"{len(every)} possible mutants, {len(chosen)} drawn with seed {args.seed}")
 
-    context, survivors, killed = multiprocessing.get_context("fork"), [], 0
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "minipref", Path(folder) / "minipref", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", folder)
-        order = {f: [f"tests/{name}" for name in names] for f, names in TESTS.items()}
+    survivors, killed, died = [], 0, 0
+    with package_copy() as folder:
+        order = {f: [f"tests/{name}" for name in TESTS[f]] for f in args.files}
         for number, (file, index) in enumerate([(None, None), *chosen]):
             if file:
                 tree = copy.deepcopy(trees[file])
                 old, new, line = apply(tree, index)
                 (Path(folder) / "minipref" / file).write_text(ast.unparse(tree), encoding="utf-8")
             own = order[file] if file else []
-            results = context.Queue()
-            process = context.Process(
-                target=run, args=(folder, own + [t for ts in order.values() for t in ts if t not in own], results)
-            )
-            process.start()
-            process.join(TIMEOUT)
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
-                process.join()
-            code = results.get() if not results.empty() else 1
+            code = outcome(folder, own + sorted({t for ts in order.values() for t in ts} - set(own)))
             if not file:
                 if code:
                     print("the tests fail without any mutation; nothing can be said")
@@ -244,12 +329,12 @@ def main() -> int:
                 continue
             shutil.copy(ROOT / "minipref" / file, Path(folder) / "minipref" / file)
             if code:
-                killed += 1
+                killed, died = killed + 1, died + (code == DIED)
             else:
                 survivors.append(f"{file}: {old} -> {new}")
                 print(f"[{number}/{len(chosen)}] survived, {file}:{line}\n    {old}\n    {new}", flush=True)
     share = killed / len(chosen)
-    print(f"\n{killed} of {len(chosen)} mutants killed: {share:.1%}")
+    print(f"\n{killed} of {len(chosen)} mutants killed: {share:.1%} ({died} by a crash or by running too long)")
     for s in survivors:
         reasons = [why for new, why in EXPLAINED.items() if new in s.split(" -> ")[-1]]
         print(f"- {s}\n  reason: {reasons[0] if reasons else 'none given'}")

@@ -13,6 +13,7 @@ from minipref.diffusion import (
     ddim_mean,
     ddim_step,
     gaussian_log_prob,
+    score_step,
     target,
 )
 
@@ -218,6 +219,9 @@ def test_log_probability_is_the_gaussian_density_per_dimension():
     assert log_prob.shape == (2,) and torch.allclose(log_prob, density.flatten(1).mean(1), atol=1e-10)
     again, scored = ddim_step(s, out, x_t, 800, 600, eta=0.7, x_prev=x_prev)
     assert torch.equal(again, x_prev) and torch.equal(scored, log_prob)
+    found_mean, found_sigma, scored = score_step(s, out, x_t, x_prev, 800, 600, eta=0.7)
+    assert torch.allclose(found_mean, mean, atol=1e-9) and float(found_sigma.max()) == pytest.approx(float(sigma))
+    assert torch.equal(scored, log_prob)
 
 
 def test_log_probability_of_the_mean_is_that_of_the_normalising_constant():

@@ -58,10 +58,10 @@ def test_pictures_of_text_alone_hold_two_things_and_patterns_more_often(drawn):
 
 
 def test_captions_of_the_encoders_name_the_quality_half_of_the_time_and_truly():
-    images, texts = pretrain.clip_batch(np.random.default_rng(0), 1000, hard_share=0.0)
+    images, texts, _ = pretrain.clip_batch(np.random.default_rng(0), 1000, hard_share=0.0)
     twin = np.random.default_rng(0)
     twin.random()  # whether the batch is a hard one
-    true = S.draw([S.random_scene(twin) for _ in range(1000)])
+    true = S.draw([S.random_scene(twin, S.COLOURS, 0.35, 0.2) for _ in range(1000)])
     said = 0
     for x, t, text in zip(images, true, texts):
         quality = "clean" if torch.equal(x, t) else "sloppy"
@@ -76,11 +76,25 @@ def test_half_of_the_contrastive_batches_hold_three_colours_only(drawn):
     rng = np.random.default_rng(0)
     for _ in range(400):
         pretrain.clip_batch(rng, 8)
+    del drawn[1::2]  # the twins
     held = [{c for s in b for c in (s.background, *(x for t in s.things for x in (t.colour, t.second)))} for b in drawn]
     hard = [len(c) <= 3 for c in held]
     assert abs(np.mean(hard) - 0.5) < 6 * 0.5 / 400**0.5
     assert len({frozenset(c) for c, h in zip(held, hard) if h}) > 20  # not always the same three
     assert min(len(c) for c, h in zip(held, hard) if not h) > 3
+
+
+def test_a_twin_shows_the_first_thing_elsewhere_and_as_well_done(drawn):
+    images, _, twins = pretrain.clip_batch(np.random.default_rng(3), 200)
+    moved = 0
+    for s, t, x, y in zip(*drawn, images, twins):
+        a, b = s.things[0], t.things[0]
+        assert (a.shape, a.colour, a.pattern, a.second) == (b.shape, b.colour, b.pattern, b.second)
+        assert t.background not in (b.colour, b.second)
+        moved += (a.x, a.y, a.size) != (b.x, b.y, b.size)
+        careless = [not torch.equal(p, S.draw([q])[0]) for p, q in ((x, s), (y, t))]
+        assert careless[0] == careless[1]
+    assert moved > 100 and len({t.background for t in drawn[1]}) == len(S.COLOURS)
 
 
 def test_learning_rate_warms_up_and_ends_at_nothing():
@@ -152,10 +166,24 @@ def test_pretraining_runs_from_nothing_to_a_model_that_samples(tmp_path, monkeyp
         assert all(torch.equal(a[k], b[k]) for k in a), name
 
 
+def test_encoders_are_trained_on_without_changing_what_the_unet_reads(tmp_path):
+    """The text states under its condition stay bit for bit; both embeddings change; the UNet still takes the file."""
+    onward = "--only clip --seed 5 --clip-steps 2 --clip-batch 8 --clip-lr 0.1"
+    pretrain.main(["--small", *onward.split(), "--out", str(tmp_path), "--start-from", str(SHIPPED)])
+    (tmp_path / "unet.pt").write_bytes((SHIPPED / "unet.pt").read_bytes())
+    before, after = Pipeline.load(None), Pipeline.load(tmp_path)
+    ids, images = before.tokenizer(["a red circle", "a [V] star on a blue background"]), torch.rand(2, 3, 32, 32)
+    assert torch.equal(before.clip.context(ids), after.clip.context(ids))
+    assert not torch.allclose(before.clip.encode_text(ids), after.clip.encode_text(ids), atol=1e-4)
+    assert not torch.allclose(before.clip.encode_image(images), after.clip.encode_image(images), atol=1e-4)
+    stages = json.loads((tmp_path / "pretrain.json").read_text())["clip"]["stages"]
+    assert stages[-1]["steps"] == 2 and stages[-1]["seed"] == 5
+
+
 @pytest.mark.parametrize(
     "flags,said",
     [
-        ("--only all --start-from {shipped} --out {out}", "--start-from needs --only unet"),
+        ("--only all --start-from {shipped} --out {out}", "--start-from needs --only clip or --only unet"),
         ("--only unet --start-from {out} --out {out}", "--out and --start-from are the same folder"),
         ("--only unet --start-from {epsilon} --out {out}", "another noise schedule"),
         ("--only unet --start-from {heads} --out {out}", "configured differently"),
@@ -181,7 +209,7 @@ def test_a_base_that_cannot_be_trained_on_is_refused(tmp_path, flags, said):
         folders[name].mkdir()
         (folders[name] / "clip.pt").write_bytes((SHIPPED / "clip.pt").read_bytes())
     clip = torch.load(SHIPPED / "clip.pt", weights_only=True)
-    clip["state"] = {k: v + 1 if k == "logit_scale" else v for k, v in clip["state"].items()}
+    clip["state"] = {k: v + 1 if k == "text_model.final_layer_norm.bias" else v for k, v in clip["state"].items()}
     torch.save(clip, folders["other"] / "clip.pt")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.pt")}
     with pytest.raises(ValueError, match=said):

@@ -9,8 +9,9 @@ import torch
 from helpers import learned
 from PIL import Image
 
-from minipref import rewards as R
+from minipref import named_rewards as R
 from minipref.data.prompts import Prompts, scene_prompts
+from minipref.rewards import LearnedReward
 
 T = torch.tensor
 DOUBLE = torch.float64
@@ -102,7 +103,7 @@ def my_reward(images, batch):
 
 def test_a_reward_is_chosen_by_name():
     assert load("brightness") is R.brightness and load("jpeg_small") is R.jpeg_small and load("gold") is R.gold
-    assert isinstance(load("model"), R.LearnedReward)
+    assert isinstance(load("model"), LearnedReward)
     assert load("clip: red").text == load("clip:red").text == "red"
     assert load(f"{__name__}:my_reward") is my_reward
     for name, message in (

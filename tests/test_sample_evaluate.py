@@ -141,7 +141,7 @@ def test_a_run_is_only_compared_with_the_base_model_that_it_came_from(run, tmp_p
     content = torch.load(folder / "last.pt", weights_only=True)
     content["meta"]["base"] = "another"
     torch.save(content, other / "last.pt")
-    stops_with(lambda: sample.main(["--run", str(other)]), "aligned from another base model", capsys)
+    stops_with(lambda: sample.main(["--run", str(other)]), "trained from another base model", capsys)
 
 
 @pytest.mark.parametrize("command", [sample.main, evaluate.main])

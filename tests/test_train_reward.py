@@ -17,8 +17,9 @@ from minipref.data import ratings as R
 from minipref.data import scenes as S
 from minipref.data.annotator import gold
 from minipref.data.prompts import scene_prompts
+from minipref.named_rewards import load_reward
 from minipref.pipeline import Pipeline, Sampling, load_unet
-from minipref.rewards import LearnedReward, load_reward
+from minipref.rewards import LearnedReward
 from minipref.runtime import checkpoint
 from minipref.runtime.config import run_main
 from minipref.runtime.runlog import RunFolder

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 import train_rl
 from minipref import evaluate
 from minipref.pipeline import SHIPPED, Pipeline, load_unet
+from minipref.rewards import Scores
 
 
 def weights(folder):
@@ -62,7 +64,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, tmp_path
 def test_gold_is_looked_at_but_never_trained_on(run, tmp_path, monkeypatch):
     """With NaN in its place, the weights are the same bit for bit."""
     folder, _ = run
-    from minipref import rewards
+    from minipref import named_rewards
     from minipref.data import annotator
 
     true = annotator.gold
@@ -73,7 +75,7 @@ def test_gold_is_looked_at_but_never_trained_on(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_rl, "gold", spoilt)
     monkeypatch.setattr(annotator, "gold", spoilt)
-    monkeypatch.setattr(rewards.annotator, "gold", spoilt)
+    monkeypatch.setattr(named_rewards.annotator, "gold", spoilt)
     summary = train(tmp_path / "b", monkeypatch)
     assert summary["gold_after"] is None  # the patch took hold
     for name in ("last.pt", "best.pt"):
@@ -129,9 +131,30 @@ def test_a_run_is_read_from_other_folders_than_it_was_started_in(tmp_path, monke
 def test_trust_and_kl_change_the_update_and_can_be_switched_off(run, tmp_path, monkeypatch):
     folder, _ = run
     base = weights(folder)
-    for i, changes in enumerate(({"no-trust": ""}, {"kl_weight": 5.0}, {"clip_range": 0.01})):
+    for i, changes in enumerate(({"trust": "off"}, {"trust": "constant"}, {"kl_weight": 5.0}, {"clip_range": 0.01})):
         changed = weights_of(tmp_path / str(i), monkeypatch, changes)
         assert any(not torch.equal(base[k], changed[k]) for k in base), changes
+
+
+@pytest.mark.parametrize(
+    "trust,expected", [("exponential", [0.5, 2.0]), ("constant", [1.25, 1.25]), ("off", [1.0, 1.0])]
+)
+def test_the_surrogate_is_weighted_by_the_trust_that_was_asked_for(tmp_path, monkeypatch, trust, expected):
+    """Of a reward whose gamma is 0.5 for each prompt's first picture and 2 for its second: the mean is 1.25."""
+    seen, true = [], train_rl.clipped_surrogate
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["gamma"])
+        return true(*args, **kwargs)
+
+    def half(images, batch):
+        return Scores(images.mean((1, 2, 3)), torch.tensor([0.5, 2.0]).repeat(len(images) // 2), {})
+
+    monkeypatch.setattr(train_rl, "clipped_surrogate", spy)
+    monkeypatch.setitem(sys.modules, "half_trusted", types.SimpleNamespace(half=half))
+    train(tmp_path / "x", monkeypatch, trust=trust, reward="half_trusted:half", epochs=1)
+    used = torch.cat([w.flatten() for w in seen]).tolist()
+    assert sorted(set(used)) == sorted(set(expected)) and used.count(expected[0]) == len(used) // len(set(expected))
 
 
 def weights_of(out, monkeypatch, changes):
@@ -140,8 +163,13 @@ def weights_of(out, monkeypatch, changes):
 
 
 def test_a_wrong_replay_stops_the_run_before_any_update(tmp_path, monkeypatch):
-    true = train_rl.gaussian_log_prob
-    monkeypatch.setattr(train_rl, "gaussian_log_prob", lambda *a: true(*a) + 1e-4)  # 0.3 nats over 3,072 dimensions
+    true = train_rl.score_step
+
+    def wrong(*args, **kwargs):
+        mean, sigma, log_prob = true(*args, **kwargs)
+        return mean, sigma, log_prob + 1e-4  # 0.3 nats over 3,072 dimensions
+
+    monkeypatch.setattr(train_rl, "score_step", wrong)
     with pytest.raises(ValueError, match="replay differs from the rollout by 0.31 nats before any update"):
         train(tmp_path / "a", monkeypatch)
     assert not (tmp_path / "a" / "last.pt").exists()

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scenes import COLOURS, OVERSAMPLE, RGB, SHAPES, Scene, Thing, stamp
+from .scenes import COLOURS, OVERSAMPLE, RADII, RGB, SHAPES, Scene, Thing, stamp
+from .subjects import Placed
 
 SMALLEST = 12  # pixels; smaller patches are specks, not things
 TEMPLATE = 30  # pixels, height and width of a template; odd and even centres fit
@@ -144,3 +145,53 @@ def obeyed(images: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
     columns = torch.tensor(rows).T
     named = dict(zip(("background", "shape", "colour", "second"), columns))
     return named | {"all": columns.all(0)}
+
+
+def pattern_share(index: Tensor, found: Found, thing: Thing) -> float:
+    """How well a thing, pattern and all, explains the patch that has its shape: nearest colours (H, W) -> 0 to 1.
+
+    Of each of the thing's two colours, the share of its pixels that have it; the smaller of the two, at the best of the
+    nine whole pixels around the patch's place. Both must be there: most of a dotted thing is its first colour.
+    """
+    label = _cells(thing, min(RADII.values(), key=lambda r: abs(r - found.radius)))
+    around = F.pad(index, (TEMPLATE,) * 4, value=-1)
+    top, left = (TEMPLATE + round(v) - TEMPLATE // 2 for v in (found.y, found.x))
+    colours = [(label == 1, COLOURS.index(thing.colour)), (label == 2, COLOURS.index(thing.second))]
+    best = 0.0
+    for dy in (-1, 0, 1):
+        for dx in (-1, 0, 1):
+            seen = around[top + dy : top + dy + TEMPLATE, left + dx : left + dx + TEMPLATE]
+            best = max(best, min(float((seen[part] == c).float().mean()) for part, c in colours if part.any()))
+    return best
+
+
+def _cells(thing: Thing, radius: float) -> Tensor:
+    """What covers each pixel's larger part, (G, G): 0 outside, 1 first colour, 2 second."""
+    s = stamp(thing.shape, thing.pattern, radius)
+    n, middle = s.shape[0] // 2, TEMPLATE // 2 * OVERSAMPLE
+    canvas = np.zeros((TEMPLATE * OVERSAMPLE,) * 2, np.uint8)
+    canvas[middle - n : middle + n, middle - n : middle + n] = s
+    cells = (
+        canvas.reshape(TEMPLATE, OVERSAMPLE, TEMPLATE, OVERSAMPLE).transpose(0, 2, 1, 3).reshape(TEMPLATE, TEMPLATE, -1)
+    )
+    counts = np.stack([(cells == k).sum(-1) for k in range(3)], -1)
+    return torch.from_numpy(counts.argmax(-1)).float()
+
+
+SUBJECT_SHARE = 0.75
+
+
+def placed_as_asked(images: Tensor, thing: Thing, asked: list[Placed]) -> dict[str, Tensor]:
+    """(B,) bool each: the `subject`, shape, colours and pattern, is there once; the prompted `background`; the prompted
+    `second` thing, shape and colour (each true where the prompt says nothing of it); `all` of them at once.
+
+    Other things that nobody asked for are not judged.
+    """
+    rows = []
+    index, _ = nearest_colours(images)
+    for i, name, found, p in zip(index, backgrounds(images), things(images), asked):
+        alike = [shows(f, thing) == (True, True) and pattern_share(i, f, thing) >= SUBJECT_SHARE for f in found]
+        second = p.second is None or any(all(shows(f, p.second)) for f in found)
+        rows.append((sum(alike) == 1, p.background in (None, name), second))
+    named = dict(zip(("subject", "background", "second"), torch.tensor(rows).T))
+    return named | {"all": torch.stack(list(named.values())).all(0)}

@@ -207,6 +207,12 @@ class CLIP(nn.Module):
         """token ids (B, L) -> the UNet's text condition (B, L, D): what the tower knows of each word."""
         return self.text_model.hidden(ids, self.config.context_skip)
 
+    def context_state(self) -> dict[str, Tensor]:
+        """The weights that `context` depends on: those of the text tower but for the last layers that it leaves out."""
+        c = self.config
+        above = tuple(f"encoder.layers.{c.text_layers - 1 - i}." for i in range(c.context_skip))
+        return {k: v for k, v in self.text_model.state_dict().items() if not k.startswith(above)}
+
 
 def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """Symmetric contrastive loss over a batch of matching unit vectors (B, P) (Radford et al. 2021, Fig. 3)."""

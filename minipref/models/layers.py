@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import apply_group_norm, geglu
+
 
 def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> Tensor:
     """Sinusoidal embedding of the diffusion time (Ho et al. 2020; Vaswani et al. 2017).
@@ -50,9 +52,9 @@ class ResnetBlock2D(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(apply_group_norm(self.norm1, x))
         h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(apply_group_norm(self.norm2, h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -88,8 +90,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, gate = self.proj(x).chunk(2, dim=-1)
-        return h * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -133,7 +134,7 @@ class Transformer2DModel(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         H, W = x.shape[-2:]
-        h = self.norm(x)
+        h = apply_group_norm(self.norm, x, "identity")
         if not self.use_linear:
             h = self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # (B, H·W, C)

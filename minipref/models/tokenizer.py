@@ -26,9 +26,14 @@ class WordTokenizer:
         return len(self.index)
 
     def encode(self, text: str) -> list[int]:
+        """-> `max_length` ids; what does not fit is left out."""
         found = [t if t.startswith("[") else t.lower() for t in _TOKEN.findall(text)]
         ids = [self.index.get(t, UNK) for t in found][: self.max_length - 2]
         return [BOS, *ids, EOS] + [PAD] * (self.max_length - 2 - len(ids))
+
+    def left_out(self, text: str) -> list[str]:
+        """The words at the end of `text` for which there is no room."""
+        return _TOKEN.findall(text)[self.max_length - 2 :]
 
     def unknown(self, text: str) -> list[str]:
         """The words of `text` that this tokenizer has never seen."""

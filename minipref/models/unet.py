@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import apply_group_norm
 from .layers import (
     Downsample2D,
     ResnetBlock2D,
@@ -192,4 +192,4 @@ class UNet(nn.Module):
         x = self.mid_block(skips[-1], emb, context)
         for block in self.up_blocks:
             x = block(x, skips, emb, context)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(apply_group_norm(self.conv_norm_out, x))

@@ -1,0 +1,203 @@
+"""Rewards by name: small built-in ones, the learned one, CLIP, weighted sums, and yours; every answer is checked."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .data import annotator
+from .data.prompts import Prompts
+from .rewards import LearnedReward, Reward, Scores
+
+# ------------------------------------------------------------------------------------------------ built-in rewards
+
+
+def brightness(images: Tensor, batch: Prompts) -> Tensor:
+    """Mean luma (Rec. 601) of the whole picture, 0 to 1."""
+    return (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1).mean((1, 2))
+
+
+def jpeg_size(images: Tensor, batch: Prompts) -> Tensor:
+    """Kilobytes of the picture as a JPEG of quality 95 (DDPO's incompressibility)."""
+    sizes = []
+    for x in (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(x)).save(buffer, "JPEG", quality=95)
+        sizes.append(buffer.tell() / 1000)
+    return torch.tensor(sizes)
+
+
+def jpeg_small(images: Tensor, batch: Prompts) -> Tensor:
+    """Minus `jpeg_size` (DDPO's compressibility)."""
+    return -jpeg_size(images, batch)
+
+
+def gold(images: Tensor, batch: Prompts) -> Tensor:
+    """The toy raters' noise-free label, 1 to 7: an upper bound, never available with real people."""
+    if batch.scenes is None:
+        raise ValueError("gold needs the true scenes of the toy world; pictures of your own have none")
+    return annotator.gold(images, batch.masks, batch.scenes).label
+
+
+class ClipReward:
+    """Cosine similarity to a text, or to each prompt's own text where none is given, −1 to 1."""
+
+    def __init__(self, clip, tokenizer, text: str | None = None):
+        if text and (unknown := tokenizer.unknown(text)):
+            raise ValueError(f"the text {text!r} has words that the CLIP-like encoder never saw: {', '.join(unknown)}")
+        self.clip, self.tokenizer, self.text = clip, tokenizer, text
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, batch: Prompts) -> Tensor:
+        texts = batch.texts if self.text is None else [self.text] * len(images)
+        if not all(texts):
+            raise ValueError("prompts without a text; name one: --reward 'clip:a red circle on a blue background'")
+        device = self.clip.logit_scale.device
+        image, text = self.clip.encode_image(images.to(device)), self.clip.encode_text(self.tokenizer(texts).to(device))
+        return (image * text).sum(1).cpu()
+
+
+BUILT_IN: dict[str, Reward] = {
+    "brightness": brightness,
+    "jpeg_size": jpeg_size,
+    "jpeg_small": jpeg_small,
+    "gold": gold,
+}
+
+
+def load_reward(name: str, learned: Callable[[], Reward], clip: Callable[[], tuple[Any, Any]]) -> Reward:
+    """The reward that `--reward` names: "model" (the trained one), "model:RUN" (of a run of train_reward.py),
+    "clip:TEXT", a built-in, a weighted sum such as "0.7*model+0.3*brightness", or "package.module:function"."""
+    terms = [t.strip() for t in name.split("+")]
+    if len(terms) > 1 or "*" in name:
+        return _weighted_sum(terms, lambda n: load_reward(n, learned, clip))
+    if name == "model":
+        return learned()
+    if name.startswith("model:"):
+        path = Path(name[6:].strip())
+        return LearnedReward.load(path / "reward.pt" if path.is_dir() else path)
+    if name.startswith("clip:"):
+        encoder, tokenizer = clip()
+        return ClipReward(encoder, tokenizer, name[5:].strip())
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if ":" not in name:
+        known = ", ".join(["model", "model:RUN", "clip:TEXT", *BUILT_IN])
+        raise ValueError(f"--reward {name}: unknown; choose {known}, or yours as package.module:function")
+    return import_function("--reward", name)
+
+
+def import_function(flag: str, name: str) -> Callable:
+    """The function that "package.module:function" names; the folder that the user stands in counts as importable."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # a script's own folder is on the path, the user's is not
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as e:  # whatever the user's module does when it is imported
+        reason = f"{type(e).__name__}: {e}"
+        raise ValueError(f"{flag} {name}: cannot be imported ({reason}); run from the folder that holds it") from None
+    if not callable(found):
+        raise ValueError(f"{flag} {name}: is no function")
+    return found
+
+
+def _weighted_sum(terms: list[str], load: Callable[[str], Reward]) -> Reward:
+    parsed = []
+    for term in terms:
+        weight, star, rest = term.partition("*")
+        try:
+            factor, inner = (float(weight), rest.strip()) if star else (1.0, term)
+            parsed.append((factor, CheckedReward(inner, load(inner))))
+        except ValueError as e:
+            raise ValueError(f"--reward term {term!r}: {e}") from None
+
+    def total(images: Tensor, batch: Prompts) -> Scores:
+        scored = [r(images, batch) for _, r in parsed]
+        value = sum(w * s.value for (w, _), s in zip(parsed, scored))
+        trust = next((s.trust for s in scored if s.trust is not None), None)
+        parts = {k: abs(w) * v if k == "bound" else v for (w, _), s in zip(parsed, scored) for k, v in s.parts.items()}
+        return Scores(value, trust, parts)  # type: ignore[arg-type]
+
+    return total
+
+
+def as_scores(result: Tensor | Scores) -> Scores:
+    return result if isinstance(result, Scores) else Scores(result)
+
+
+class CheckedReward:
+    """A reward whose every answer is checked: shape (B,), finite numbers, and at first a difference between pictures.
+
+    Later a constant is no fault: a reward of "solved or not" becomes one when all is solved.
+    """
+
+    def __init__(self, name: str, reward: Reward):
+        self.name, self.reward, self.told_apart = name, reward, False
+
+    def __call__(self, images: Tensor, batch: Prompts) -> Scores:
+        expected = f"expected a tensor of {len(images)} finite numbers, one per picture"
+        try:
+            scores = as_scores(self.reward(images, batch))
+        except Exception as e:
+            raise ValueError(f"reward {self.name}: raised {type(e).__name__}: {e}; {expected}") from e
+
+        def column(what: str, x: Any) -> Tensor:
+            if not isinstance(x, Tensor) or x.shape != (len(images),):
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"reward {self.name}: {what} {got}; {expected}")
+            if not torch.isfinite(x).all():
+                raise ValueError(f"reward {self.name}: {what} NaN or infinity; {expected}")
+            return x.detach().float().cpu()
+
+        value = column("returned", scores.value)
+        trust = None if scores.trust is None else column("returned a trust of", scores.trust)
+        parts = {k: column(f"returned a part {k!r} of", v) for k, v in scores.parts.items()}
+        if len(value) > 1 and not self.told_apart:
+            self.told_apart = bool((value != value[0]).any())
+        if len(value) > 1 and not self.told_apart:
+            raise ValueError(
+                f"reward {self.name}: gave all {len(value)} pictures the value {value[0].item():g}: nothing to learn"
+            )
+        return Scores(value, trust, parts)
+
+
+class ImageJudge:
+    """A further image encoder, DINO for example: mean cosine of pictures and references (RPO Section 5)."""
+
+    def __init__(self, name: str, references: Tensor):
+        self.name, self.encoder = name, import_function("--image-encoder", name)
+        self.references = self.embed(references)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, D) of pictures (B, 3, H, W) in [0, 1]."""
+        try:
+            found = self.encoder(images)
+        except Exception as e:
+            raise ValueError(f"--image-encoder {self.name}: raised {type(e).__name__}: {e}") from e
+        D = self.references.shape[1] if hasattr(self, "references") else "D"
+        found = found.float() if isinstance(found, Tensor) else found
+        fits = (
+            isinstance(found, Tensor) and found.ndim == 2 and len(found) == len(images) and D in ("D", found.shape[1])
+        )
+        if not (fits and found.isfinite().all() and found.norm(dim=1).gt(0).all()):
+            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"--image-encoder {self.name}: gave {what}, expected ({len(images)}, {D}), finite and no row all zero"
+            )
+        return torch.nn.functional.normalize(found, dim=1)
+
+    def __call__(self, images: Tensor) -> float:
+        cosines = [self.embed(x) @ self.references.T for x in images.split(64)]
+        return float(torch.cat(cosines).mean())

@@ -1,0 +1,137 @@
+"""What the benchmark compares is the same computation, and the sampling loop waits for no device."""
+
+import re
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minipref import bench
+from minipref.diffusion import Condition, Schedule, ScheduleConfig, predict, rollout
+from minipref.kernels import common
+from minipref.models.unet import UNet, UNetConfig
+
+TINY = UNetConfig(
+    in_channels=9, out_channels=4, block_out_channels=(8, 16), cross_attention_dim=12, attention_head_dim=2,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    norm_num_groups=4, layers_per_block=1,
+)  # fmt: skip
+NAMES = ["one_branch", "keep_activations", "no_waiting"]
+
+
+def setting(batch=3, steps=4):
+    torch.manual_seed(0)
+    unet = UNet(TINY)
+    context, mask, masked = torch.randn(batch, 5, 12), torch.ones(batch, 1, 8, 8), torch.randn(batch, 4, 8, 8)
+    noise = torch.randn(batch, steps + 1, 4, 8, 8)
+    return unet, Schedule(ScheduleConfig()), Condition(context, mask, masked), noise
+
+
+def outcome(spoil=None, **saved):
+    """An iteration with these savings alone, and how many pictures the UNet has seen."""
+    unet, schedule, condition, noise = setting()
+    pictures = []
+    unet.register_forward_pre_hook(lambda m, x: pictures.append(len(x[0])))
+    savings = bench.Savings(**{**dict.fromkeys(NAMES, False), **saved})
+    with pytest.MonkeyPatch.context() as patch:
+        if spoil:
+            true = bench.clipped_surrogate
+            patch.setattr(bench, "clipped_surrogate", lambda *a, **k: (spoil * true(*a, **k)[0],))
+        found = bench.iteration(unet, schedule, condition, noise, savings, steps=4, train_steps=2)
+    return found, sum(pictures)
+
+
+def test_no_saving_changes_what_is_computed():
+    wasteful, pictures = outcome()
+    # Both branches of 3 pictures: 4 steps, and 2 trained steps computed twice (checkpointing).
+    assert pictures == 2 * 3 * (4 + 2 * 2)
+    for saved in [{n: True} for n in NAMES] + [dict.fromkeys(NAMES, True)]:
+        found, seen = outcome(**saved)
+        assert found.difference(wasteful) <= 1e-5
+        assert seen == (1 if "one_branch" in saved else 2) * 3 * (4 + 2 * (1 if "keep_activations" in saved else 2))
+
+
+def test_the_comparison_would_notice():
+    """A loss of another scale, and none at all."""
+    wasteful = outcome()[0]
+    assert outcome(spoil=1.01)[0].difference(wasteful) > 1e-3 and outcome(spoil=1e-9)[0].difference(wasteful) > 0.9
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a device: reading a number, comparing, copying back."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).partition(".")[2].partition(".")[0]
+        on_device = any(isinstance(x, torch.Tensor) and x.device.type == "meta" for x in args)
+        back = name == "_to_copy" and str((kwargs or {}).get("device")) == "cpu"
+        if on_device and (back or name in ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "item")):
+            self.count += 1
+            if name == "_local_scalar_dense":
+                return 0.0
+            if name == "equal":
+                return False
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("guidance,waits", [(1.0, 0), (3.0, 1)])
+def test_the_sampling_loop_never_waits_for_the_device(guidance, waits):
+    """On a device that holds no numbers; with guidance, the two prompts are compared once, before the first step."""
+    with torch.device("meta"):
+        unet = UNet(TINY)
+        context = torch.empty(2, 5, 12)
+        condition = Condition(context, torch.empty(2, 1, 8, 8), torch.empty(2, 4, 8, 8), context.clone())
+    for steps in (2, 6):
+        generator = torch.Generator().manual_seed(0)
+        with Waits() as seen:
+            path = rollout(
+                unet, Schedule(ScheduleConfig()), condition, shape=(4, 8, 8), steps=steps, guidance=guidance,
+                generator=generator,
+            )  # fmt: skip
+        assert path.latents.shape == (2, steps + 1, 4, 8, 8) and seen.count == waits
+
+
+def test_waiting_is_counted():
+    with torch.device("meta"):
+        x = torch.empty(2)
+    with Waits() as seen:
+        float(x.sum())
+        torch.equal(x, x)
+    assert seen.count == 2
+
+
+@pytest.mark.skipif(common.triton is None, reason="triton is not installed: pip install '.[parity]' on Linux")
+def test_every_kernel_is_timed_against_the_same_computation():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = list(bench.cases(device, (("tiny", TINY, 2, 8, torch.float32),)))
+    assert {c.name.split()[0] for c in found} == {
+        "group_norm_act", "geglu", "q_sample", "ddim_step_logprob", "preference_loss"
+    }  # fmt: skip
+    for case in found:
+        eager, fused = case.eager(*case.inputs), case.fused(*case.inputs)
+        assert torch.allclose(eager, fused, atol=1e-5)
+        slopes = [torch.autograd.grad(y, case.inputs, torch.ones_like(y)) for y in (eager, fused)]
+        assert all(torch.allclose(p, q, atol=1e-4) for p, q in zip(*slopes))
+        assert case.forward_bytes > 0 < case.backward_bytes
+
+
+def test_bench_prints_a_table_with_machine_and_command(capsys, tmp_path):
+    out = tmp_path / "bench.md"
+    argv = ["--batch", "2", "--steps", "2", "--train-steps", "1", "--rounds", "1", "--out", str(out)]
+    bench.main(argv)
+    text = capsys.readouterr().out
+    assert text.strip() == out.read_text(encoding="utf-8").strip()
+    assert f"torch {torch.__version__}" in text and "minipref bench --batch 2" in text
+    assert len(re.findall(r"^\| [a-z ]+ \| \d", text, re.M)) == len(NAMES) + 2
+
+
+def test_guidance_of_equal_prompts_is_one_call():
+    unet, _, condition, noise = setting()
+    seen = []
+    condition = Condition(condition.context, condition.mask, condition.masked, condition.context.clone())
+    unet.register_forward_pre_hook(lambda m, x: seen.append(len(x[0])))
+    predict(unet, noise[:, 0], 500, condition, guidance=3.0)
+    assert seen == [3]

@@ -1,0 +1,178 @@
+"""The study that measures the papers' claims: which runs it makes, how it averages, and what it calls uncertain."""
+
+import math
+import subprocess
+import time
+
+import pytest
+import torch
+
+from minipref import claims
+from minipref.metrics import T_QUANTILES, t_interval
+
+
+def test_students_quantiles_hold_95_percent_of_his_density():
+    """Each tabulated quantile against the density itself, integrated numerically (Simpson)."""
+    for df, q in enumerate(T_QUANTILES, start=1):
+        height = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+        x = torch.linspace(-q, q, 20_001, dtype=torch.float64)
+        y = height * (1 + x**2 / df) ** (-(df + 1) / 2)
+        weights = torch.ones_like(x)
+        weights[1:-1:2], weights[2:-1:2] = 4, 2
+        assert float((weights * y).sum() * (x[1] - x[0]) / 3) == pytest.approx(0.95, abs=1e-5)
+
+
+def test_students_interval_by_hand():
+    low, high = t_interval(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))  # sd² = 2.5, df = 4
+    assert (low + high) / 2 == pytest.approx(3) and (high - low) / 2 == pytest.approx(2.7764 * math.sqrt(2.5 / 5))
+    many = torch.arange(100.0)
+    assert t_interval(many)[1] - 49.5 == pytest.approx(2.0860 * float(many.std()) / 10)
+    with pytest.raises(ValueError, match="at least two values"):
+        t_interval(torch.tensor([1.0]))
+
+
+WHICH = ("base", "best", "last", "best 0.3", "best 0.5", "best 0.7")
+
+
+def summary(best_step=60, best=None, **values):
+    """A run's summary in which every measure has the same value; `values` for the columns."""
+    row = dict.fromkeys(WHICH, 0.5 if best is None else best) | {"base": 0.0} | values
+    steps = {"base": 0, "last": 240} | {v: best_step for v in WHICH if v.startswith("best")}
+    return {m: row for m in claims.MEASURES} | {"steps": steps, "best_step": best_step}
+
+
+def test_seeds_are_averaged_within_a_subject_and_differences_are_paired():
+    runs = {(s, k): summary(best=0.1 * s + 0.02 * k, last=0.25) for s in (3, 4, 5) for k in (0, 1)}
+    assert claims.by_subject(runs, "clip_i", "best").tolist() == pytest.approx([0.31, 0.41, 0.51])
+    other = {case: summary(best=v["clip_i"]["best"] - 0.2, last=0.0) for case, v in runs.items()}
+    lines = claims.table({"RPO": runs, "similarity only": other}).splitlines()
+    # The subjects differ much among themselves (± 0.248 = 4.3027·0.1/√3), the pairs not at all.
+    assert next(x for x in lines if x.startswith("| RPO, last | 240 |")).count("0.250 ± 0.000") == 7
+    assert next(x for x in lines if x.startswith("| similarity only, best | 60 |")).count("0.210 ± 0.248") == 7
+    assert sum("| similarity only, best | -0.200 (-0.200 to -0.200) |" in x for x in lines) == 1
+    assert sum(x.startswith("| RPO, last | -0.160 (-0.408 to +0.088)") for x in lines) == 1
+
+
+def test_every_cell_is_that_of_its_line_and_column():
+    """Measure m of column w of variant v is 100·v + 10·w + m: each cell is found again by its digits."""
+
+    def run(v):
+        cells = {
+            m: {w: float(100 * v + 10 * i + j) for i, w in enumerate(WHICH)} for j, m in enumerate(claims.MEASURES)
+        }
+        return cells | {"steps": {w: 1000 * v + i for i, w in enumerate(WHICH)}}
+
+    both = {name: {case: run(v) for case in ((0, 0), (1, 0))} for v, name in enumerate(("RPO", "other"))}
+    found = {}
+    for line in claims.table(both).splitlines():
+        name, *cells = (c.strip() for c in line.strip("|").split("|"))
+        if cells and "---" not in line and cells[0][:1] in "+-0123456789":
+            found.setdefault(name, []).append([float(c.split()[0]) for c in cells])
+    expected = {"base": (0, 0), "RPO, best": (0, 1), "RPO, last": (0, 2), "other, best": (1, 1), "other, last": (1, 2)}
+    expected |= {f"RPO, best by lambda_val 0.{k}": (0, i) for i, k in ((3, 3), (4, 5), (5, 7))}
+    for name, (v, i) in expected.items():
+        if name != "RPO, best":
+            assert found[name][0] == [1000 * v + i] + [100 * v + 10 * i + j for j in range(7)], name
+    differences = {"RPO, base": (0, 0), "RPO, best 0.3": (0, 3), "RPO, best 0.7": (0, 5), "RPO, last": (0, 2)}
+    differences |= {"other, best": (1, 1), "other, last": (1, 2)}
+    for name, (v, i) in differences.items():
+        assert found[name][-1] == [100 * v + 10 * (i - 1)] * 7, name
+
+
+def test_variants_differ_from_the_first_and_run_on_the_same_cases(tmp_path, monkeypatch):
+    """The flags of all runs come first, so that a variant's own count; the runs that stop where RPO's best lies stop
+    where it lies for their subject and seed."""
+    asked = []
+
+    def made(folder, script, flags):
+        asked.append((folder, " ".join(flags)))
+        return summary(40 + 10 * int(flags[flags.index("--subject") + 1]) + int(flags[flags.index("--seed") + 1]))
+
+    monkeypatch.setattr(claims, "run_one", made)
+    argv = "--subjects 2 --seeds 2 --first-seed 7".split()
+    claims.main(["--out", str(tmp_path), *argv, "--flags", "--beta 1 --steps 100"])
+    expected = set()
+    for case in [(s, k) for k in (7, 8) for s in (0, 1)]:
+        stopped = f"--mode similarity --steps {40 + 10 * case[0] + case[1]}"
+        start = f"--beta 1 --steps 100 --subject {case[0]} --seed {case[1]} --patience 0"
+        expected |= {f"{start} {v}".strip() for v in [*claims.RPO.values(), stopped]}
+    assert {f for _, f in asked} == expected and len(asked) == len(expected)
+    assert len({folder for folder, _ in asked}) == len(expected)  # none overwrites another's
+    assert (tmp_path / "claims.md").read_text().count("\n| RPO, last |") == 2
+    for argv, said in (
+        (["--only", "x"], "--only: knows no variant 'x'"),
+        (["--flags", "--lr 1 --seed=5"], "--seed is the study's to set"),
+        (["--flags", "--lr 'x"], "--flags --lr 'x: No closing quotation"),
+        (["--study", "rl", "--subjects", "3"], "--subjects, --first-subject: belong to --study rpo"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            claims.main(["--out", str(tmp_path), *argv])
+    (tmp_path / "provenance.txt").write_text("another")
+    with pytest.raises(ValueError, match="made by other code or weights; choose another folder"):
+        claims.main(["--out", str(tmp_path)])
+
+
+def test_after_an_error_no_further_run_is_started(tmp_path, monkeypatch):
+    asked = []
+
+    def fails(folder, script, flags):
+        asked.append(flags)
+        if len(asked) > 1:
+            time.sleep(0.05)  # 13 seconds for all of them
+            return summary(40)
+        raise ValueError("this one")
+
+    monkeypatch.setattr(claims, "run_one", fails)
+    with pytest.raises(ValueError, match="this one"):
+        claims.main(["--out", str(tmp_path), "--jobs", "1"])
+    assert len(asked) < len(claims.RPO) * 6 * 3
+
+
+def test_a_finished_run_is_kept_and_a_failed_one_tells_why(tmp_path, monkeypatch):
+    done = tmp_path / "done"
+    done.mkdir()
+    (done / "summary.json").write_text('{"best_step": 3}')
+    (done / "metrics.jsonl").write_text('{"epoch": 0}\n{"epoch": 1}\n')
+    assert claims.run_one(done, "train_rpo.py", []) == {"best_step": 3, "rows": [{"epoch": 0}, {"epoch": 1}]}
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "last.pt").write_text("cut short")
+    failed = subprocess.CompletedProcess([], 2, "", "noise\ntrain_rpo.py: --lr 1: what is wrong\n")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(ValueError, match="--lr 1: exit code 2: train_rpo.py: --lr 1: what is wrong"):
+        claims.run_one(half, "train_rpo.py", ["--lr", "1"])
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess([], -9, "", ""))
+    with pytest.raises(ValueError, match="exit code -9: said nothing"):
+        claims.run_one(half, "train_rpo.py", [])
+
+
+def test_the_trust_weights_are_compared_seed_by_seed(tmp_path, monkeypatch):
+    """Seed 1's gold is 1 higher than seed 0's for every variant; exponential gains 0.5 on both and arrives earlier."""
+    asked = []
+
+    def made(folder, script, flags):
+        asked.append((script, " ".join(flags)))
+        seed, better = int(flags[1]), "exponential" in flags
+        rewards = (0.0, 0.8, 1.0) if better else (0.0, 0.4, 1.0)
+        rows = [{"epoch": 20 * i, "eval_reward": r} for i, r in enumerate(rewards)]
+        done = {"gold_after": 5 + seed + 0.5 * better, "reward_after": 1.0, "win_rate": 0.7, "kl": 9.0}
+        return done | {"rows": [*rows, {"epoch": 41}]}
+
+    monkeypatch.setattr(claims, "run_one", made)
+    claims.main(["--study", "rl", "--seeds", "2", "--out", str(tmp_path)])
+    assert [s for s, _ in asked] == ["train_rl.py"] * 6
+    assert asked[0][1] == "--seed 0 --guard 0 --eval-every 2 --trust off" and len({f for _, f in asked}) == 6
+    lines = (tmp_path / "claims.md").read_text().splitlines()
+    cells = {tuple(x.split(" | ")[:2])[0].strip("| "): x.split(" | ") for x in lines if x.startswith("| ")}
+    # Without weighting 0.9 of the gain is reached at 20 + 20·(0.5/0.6), with it at 20 + 20·(0.1/0.2).
+    assert cells["exponential"][1].startswith("+0.500 (+0.500 to +0.500)")
+    assert cells["exponential"][5].startswith(f"{30 - (20 + 20 * 5 / 6):+.3f}")
+    assert cells["no weighting"][1] == "5.500 ± 6.353"  # 12.7062·(√½)/√2
+    with pytest.raises(ValueError, match="an interval needs two"):
+        claims.main(["--study", "rl", "--seeds", "1", "--out", str(tmp_path)])
+
+
+def test_arrival_is_interpolated_and_the_last_epoch_where_it_never_comes():
+    rows = [{"epoch": e, "eval_reward": r} for e, r in ((0, 0.0), (10, 0.5), (20, 0.4), (30, 1.0))]
+    assert claims.arrival(rows, 0.25) == 5 and claims.arrival(rows, 0.7) == pytest.approx(25)
+    assert claims.arrival(rows, 2.0) == 30

@@ -1,0 +1,442 @@
+"""RPO, small enough to run in seconds, on the shipped weights."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from helpers import stops_with
+from PIL import Image
+
+import train_rpo
+from minipref import report, sample
+from minipref.data import scenes
+from minipref.data.prompts import text_prompts
+from minipref.data.subjects import Placed, load_prompts, load_subject
+from minipref.named_rewards import ImageJudge
+from minipref.pipeline import SHIPPED, Pipeline, Sampling, load_unet
+from minipref.rewards import SubjectReward, harmonic
+from minipref.runtime.config import run_main
+from minipref.runtime.runlog import RunFolder
+
+TINY = {
+    "--steps": 4, "--val-every": 2, "--train-prompts": 2, "--images": 1, "--val-prompts": 2, "--val-images": 1,
+    "--test-prompts": 3, "--test-images": 1, "--sample-steps": 2, "--batch": 2, "--lr": 1e-3, "--beta": 0.02,
+    "--eta": 0, "--guidance": 3,
+}  # fmt: skip
+
+
+def train(out, *more, **changes):
+    """Runs train_rpo.py in this process; -> its summary."""
+    flags = {**TINY, **{"--" + k.replace("_", "-"): v for k, v in changes.items()}}
+    if {"similarity", "dreambooth"} & {*more, changes.get("mode")} and "beta" not in changes:
+        del flags["--beta"]  # belongs to pairs
+    argv = ["train_rpo.py", "--small", "--out", str(out), *more] + [str(x) for pair in flags.items() for x in pair]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        train_rpo.main()
+    return json.loads((out / "summary.json").read_text())
+
+
+def weights(folder, name="last"):
+    return load_unet(folder / f"{name}.pt")[0].state_dict()
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    before = [(SHIPPED / f"{k}.pt").read_bytes() for k in ("unet", "clip")]
+    summary = train(folder)
+    assert before == [(SHIPPED / f"{k}.pt").read_bytes() for k in ("unet", "clip")]
+    return folder, summary
+
+
+def test_a_run_leaves_summary_pictures_and_weights(run):
+    folder, summary = run
+    rows = {"clip_i", "clip_t", *(f"harmonic_{v}" for v in (0.3, 0.5, 0.7))}
+    rows |= {f"true_{k}" for k in ("subject", "background", "second", "all")}
+    for key in rows:
+        assert set(summary[key]) == {"base", "last", "best", "best 0.3", "best 0.5", "best 0.7"}
+        assert all(-1 <= v <= 1 for v in summary[key].values())
+    assert {"best_step", "last_step", "subject", "seconds", "peak_memory_mb", "seed", "judged"} <= set(summary)
+    for name in ("grid.png", "curves.png", "samples/000000.png", "samples/000004.png"):
+        assert Image.open(folder / name).size[0] > 200
+    assert not same(weights(folder), load_unet(SHIPPED / "unet.pt")[0].state_dict())
+
+
+def test_each_lambda_keeps_and_judges_the_best_of_the_steps_that_were_validated(tmp_path, monkeypatch):
+    """Each lambda's reward is given a peak of its own; best.pt, drawn and scored again, is the one of lambda_val's.
+
+    The table compares base, last and best on test prompts and noise of their own; the grid shows the same pictures.
+    """
+    peaks, kept, calls, grids, curves = {0.3: 4, 0.5: 6, 0.7: 8}, {0.5: 6, 0.7: 8}, Counter(), [], []
+
+    def peaked(I, T, lam):
+        step = 2 * calls[lam]
+        calls[lam] += 1
+        return harmonic(I, T, lam) - (abs(step - peaks[lam]) if lam in peaks and step <= 12 else 0)  # later: the table
+
+    monkeypatch.setattr(train_rpo, "harmonic", peaked)
+    monkeypatch.setattr(train_rpo, "rpo_grid", lambda *a: grids.append(a))
+    monkeypatch.setattr(train_rpo, "rpo_curves", lambda *a: curves.append(a[1:]))
+    pipe, (subject, _) = Pipeline.load(None), load_subject("", "", 0)
+    lists = load_prompts(subject, "", False, "", (2, 2, 3), 0)
+
+    def drawn(file, which):
+        said = [p.text for p in lists[which]]
+        noise = {"seed": 0, "epoch": -10 - which}
+        made = pipe.complete(load_unet(file)[0], text_prompts(said), Sampling(2, 0.0, 3.0), **noise)
+        return made, *SubjectReward(pipe.clip, pipe.tokenizer, subject.references)(made, said)
+
+    summaries = {}
+    for lam_val in kept:
+        calls.clear()
+        folder = tmp_path / str(lam_val)
+        summary = train(folder, steps=12, patience=0, lam_val=lam_val, lam_train=0.4)  # not one that is counted
+        summaries[lam_val] = summary
+        rows = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+        for lam, peak in peaks.items():
+            found = {r["step"]: r[f"val_{lam}"] for r in rows if f"val_{lam}" in r}
+            assert list(found) == [0, 2, 4, 6, 8, 10, 12]
+            assert summary["steps"][f"best {lam}"] == peak == max(found, key=found.get)
+        assert summary["best_step"] == kept[lam_val] and summary["last_step"] == 12
+        assert load_unet(folder / "best.pt")[2]["step"] == kept[lam_val]
+        assert curves.pop() == (lam_val, "harmonic", kept[lam_val])
+        around = (kept[lam_val] - 2, kept[lam_val], kept[lam_val] + 2)
+        logged = [next(r["val_0.5"] for r in rows if r["step"] == k) + abs(k - 6) for k in around]
+        again = harmonic(*drawn(folder / "best.pt", train_rpo.VALIDATE)[1:], 0.5).mean().item()
+        assert again == pytest.approx(logged[1], abs=1e-5) and min(abs(again - logged[i]) for i in (0, 2)) > 1e-4
+        shown = grids.pop()[3]
+        for name, file in (("base", SHIPPED / "unet.pt"), ("last", folder / "last.pt"), ("best", folder / "best.pt")):
+            made, I, T = drawn(file, train_rpo.TEST)
+            found = [summary[k][name] for k in ("clip_i", "clip_t", "harmonic_0.3")]
+            expected = [2 * I.mean() - 1, 2 * T.mean() - 1, harmonic(I, T, 0.3).mean()]
+            assert found == pytest.approx([v.item() for v in expected], abs=1e-5)
+            assert torch.allclose(shown[name], made, atol=1e-4)
+    # The two runs differ in what they keep alone: what one calls its best is a column of the other's.
+    a, b = summaries[0.5], summaries[0.7]
+    for key in ("clip_i", "harmonic_0.5"):
+        assert a[key]["best 0.5"] == a[key]["best"] == pytest.approx(b[key]["best 0.5"])
+        assert b[key]["best 0.7"] == b[key]["best"] == pytest.approx(a[key]["best 0.7"])
+        assert a[key]["best 0.3"] == pytest.approx(b[key]["best 0.3"])
+        assert len({round(v, 5) for v in a[key].values()}) == 5  # base, last and three lambdas' steps
+
+
+def by_hand(steps, *, beta, switches, seed=0):
+    """The first updates, written out a second time from RPO's equations: policy, rows, mean label of all pairs."""
+    pipe = Pipeline.load(None)
+    subject, _ = load_subject("", "", 0)
+    shown = subject.references
+    texts = [p.text for p in load_prompts(subject, "", False, "", (2, 2, 3), seed)[0]]
+    if "dreambooth" in switches:
+        texts = ["a photo of a circle"] * 2
+    instance = ["a photo of a [V] circle"] * 2
+    generated = pipe.complete(pipe.unet, text_prompts(texts), Sampling(2, 0.0, 3.0), seed=1000 * seed, epoch=-10)
+    score = SubjectReward(pipe.clip, pipe.tokenizer, shown)
+    x_ref, x_gen = pipe.codec.encode(shown), pipe.codec.encode(generated)
+    policy = load_unet(SHIPPED / "unet.pt")[0].to(memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.01)
+    draws, coins = (torch.Generator().manual_seed(1000 * seed + i * 10**9) for i in range(2))
+    abar, seen = pipe.schedule.abar.float(), []
+
+    def chance(r, g):
+        """Labels: a reference's likeness to the subject is that to the other references, under the same prompt."""
+        temperature, alike, said = (0.05 if "--label-temperature" in switches else 1), [], [texts[i] for i in g]
+        for i in r:
+            others = SubjectReward(pipe.clip, pipe.tokenizer, torch.cat([shown[:i], shown[i + 1 :]]))
+            alike.append(others(shown[i : i + 1], said[:1])[0])
+        I_gen, T_gen = score(generated[g], said)
+        r_ref, r_gen = 2 / (1 / torch.cat(alike) + 1 / score(shown[r], said)[1]), 2 / (1 / I_gen + 1 / T_gen)
+        return torch.sigmoid((r_ref - r_gen) / temperature)
+
+    for _ in range(steps):
+        r, g = (torch.randint(n, (2,), generator=draws) for n in (len(x_ref), len(x_gen)))
+        ref, gen, sim = (
+            (torch.randint(1000, (2,), generator=draws), torch.randn(2, *x_ref.shape[1:], generator=draws))
+            for _ in range(3)
+        )
+        gen = ref if "--share-noise" in switches else gen
+
+        def error(unet, x, drawn, said):
+            t, noise = drawn
+            a = abar[t][:, None, None, None]
+            x_t, v = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
+            condition = pipe.condition(text_prompts(said))
+            return (unet(condition.unet_input(x_t), t, condition.context) - v).square().mean((1, 2, 3))
+
+        said = [texts[i] for i in g]
+        of_ref = instance if "instance" in switches else said
+        theta_ref, theta_gen = error(policy, x_ref[r], ref, of_ref), error(policy, x_gen[g], gen, said)
+        with torch.no_grad():
+            base_ref, base_gen = error(pipe.unet, x_ref[r], ref, of_ref), error(pipe.unet, x_gen[g], gen, said)
+        margin, y = (base_ref - theta_ref) - (base_gen - theta_gen), chance(r, g)
+        if "--no-soft-labels" in switches:
+            y = torch.bernoulli(y, generator=coins)
+        pulled = beta * margin
+        preference = -(y * torch.log(torch.sigmoid(pulled)) + (1 - y) * torch.log(torch.sigmoid(-pulled))).mean()
+        similarity = theta_ref.mean() if "instance" in switches else error(policy, x_ref[r], sim, instance).mean()
+        parts = {
+            "preference": {"preference": preference},
+            "similarity": {"similarity": similarity},
+            "dreambooth": {"similarity": similarity, "prior": theta_gen.mean()},
+        }.get(switches[1] if switches[:1] == ("--mode",) else "", {"preference": preference, "similarity": similarity})
+        loss = sum(parts.values())
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimiser.step()
+        if "preference" in parts:
+            parts |= {"margin": margin.mean(), "label": y.mean()}
+        seen.append({k: v.item() for k, v in parts.items()} | {"loss": loss.item()})
+    R, G = len(shown), len(texts)
+    every = chance(torch.arange(R).repeat_interleave(G), torch.arange(G).repeat(R))
+    return policy, seen, every.mean().item()
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        (), ("--no-soft-labels",), ("--label-temperature", "0.05"), ("--share-noise",),
+        ("--reference-prompt", "instance"), ("--mode", "preference"), ("--mode", "similarity"),
+        ("--mode", "dreambooth"),
+    ],
+)  # fmt: skip
+def test_three_updates_are_those_of_the_papers_equations(tmp_path, switches):
+    """A large beta, so that the preference counts: losses, margins, labels and weights agree with a second writing."""
+    beta = {} if switches[-1:] in (("similarity",), ("dreambooth",)) else {"beta": 50.0}
+    summary = train(tmp_path / "x", *switches, steps=3, **beta)
+    rows = [json.loads(x) for x in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()][1:]
+    policy, seen, label = by_hand(3, beta=50.0, switches=switches)
+    for row, expected in zip(rows, seen, strict=True):
+        found = {k: v for k, v in row.items() if k not in ("step", "grad_norm") and not k.startswith("val_")}
+        assert found == pytest.approx(expected, rel=2e-3, abs=2e-4)
+    start, state = load_unet(SHIPPED / "unet.pt")[0].state_dict(), policy.state_dict()
+    trained = weights(tmp_path / "x")
+    moved = torch.cat([(trained[k] - start[k]).flatten() for k in start])
+    wanted = torch.cat([(state[k] - start[k]).flatten() for k in start])
+    assert torch.nn.functional.cosine_similarity(moved, wanted, dim=0) > 0.98
+    if switches == ("--no-soft-labels",):
+        assert {r["label"] for r in rows} <= {0.0, 0.5, 1.0}
+    assert ("label_mean" in summary) == bool(beta)
+    if beta:
+        assert summary["label_mean"] == pytest.approx(label, abs=1e-4)
+
+
+def test_weight_decay_is_decoupled_from_the_gradient(tmp_path):
+    """One AdamW update with weight decay w: the weights are lr·w times the old ones smaller than without."""
+    train(tmp_path / "with", "--weight-decay", "20", mode="similarity", steps=1, val_every=1)
+    train(tmp_path / "without", "--weight-decay", "0", mode="similarity", steps=1, val_every=1)
+    start, a, b = (
+        load_unet(SHIPPED / "unet.pt")[0].state_dict(),
+        weights(tmp_path / "with"),
+        weights(tmp_path / "without"),
+    )
+    assert all(torch.allclose(b[k] - a[k], 1e-3 * 20 * start[k], atol=1e-6) for k in start)
+
+
+def test_true_measures_are_shares_of_the_pictures_whose_prompts_ask():
+    """Two prompts, two pictures each; the second prompt names no background, no prompt names a second thing."""
+    subject, _ = load_subject("", "", 0)
+    thing = subject.thing
+    free = [c for c in scenes.COLOURS if c not in (thing.colour, thing.second)]
+    other = replace(thing, colour=free[2], second=free[3])
+    shown = [(free[0], thing), (free[1], thing), (free[1], thing), (free[1], other)]  # right, wrong, right, wrong
+    images = scenes.draw([scenes.Scene(c, (replace(t, x=16.0, y=16.0),)) for c, t in shown])
+    asked = [Placed("…", background=free[0]), Placed("…")]
+    found = train_rpo.true_measures(images, subject, asked, 2, "true")
+    assert found.pop("true_second") != found.get("true_second")  # NaN
+    assert found == {"true_subject": 0.75, "true_background": 0.5, "true_all": 0.5}
+    assert train_rpo.true_measures(images, replace(subject, thing=None), asked, 2, "true") == {}
+
+
+def test_the_curves_show_the_deciding_reward_and_mark_the_kept_step(tmp_path, monkeypatch):
+    panels, folder = [], RunFolder(str(tmp_path / "x"), "", {})
+    monkeypatch.setattr(report, "curves", lambda given, path: panels.extend(given))
+    for step in (0, 2, 4):
+        folder.log(step=step, **{"val_0.3": step / 10, "val_0.7": 1 - step / 10, "val_t": 0.5})
+    report.rpo_curves(folder, 0.7, "harmonic", 2)
+    decided, kept = panels[0].series
+    assert "lambda 0.7" in panels[0].title
+    assert (decided.x, decided.y, kept.x, kept.y) == ([0, 2, 4], [1, 0.8, 0.6], [2], [0.8])
+
+
+def test_a_prompt_that_the_text_encoder_would_cut_short_is_refused(run, tmp_path, capsys):
+    long = "a small red star " * 6 + "and a [V] mug"
+    folder, prompts = tmp_path / "mug", tmp_path / "prompts.txt"
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (32, 32), (80 * i, 200, 30)).save(folder / f"{i}.png")
+    prompts.write_text("\n".join([*(f"a [V] mug {w}" for w in "abcd"), long]))
+    with pytest.raises(ValueError, match="and a .V. mug': the text encoder reads 22 words; shorten it"):
+        train(tmp_path / "x", "--references", str(folder), "--class-name", "mug", "--prompts", str(prompts))
+    assert not (tmp_path / "x").exists()
+    argv = ["--run", str(run[0]), "--prompt", long]
+    stops_with(lambda: sample.main(argv), "--prompt: the text encoder reads 22 words; shorten it", capsys)
+    argv = ["--guidance", "-0.5", "--out", str(tmp_path / "x.png")]
+    stops_with(lambda: sample.main(argv), "--guidance -0.5: 0 or more, or -1 for the run's own", capsys)
+
+
+def test_learning_makes_the_pictures_more_like_the_subject(tmp_path):
+    summary = train(tmp_path / "x", steps=40, val_every=40, batch=4, mode="similarity", sample_steps=6)
+    assert summary["clip_i"]["last"] > summary["clip_i"]["base"] + 0.1
+
+
+def test_labels_drawn_or_not_leave_every_other_draw_alone(tmp_path):
+    """With beta 0 the labels weigh nothing: the weights are those of similarity alone, bit for bit."""
+    train(tmp_path / "drawn", "--no-soft-labels", beta=0)
+    train(tmp_path / "alone", mode="similarity")
+    assert same(weights(tmp_path / "drawn"), weights(tmp_path / "alone"))
+
+
+def test_dreambooths_prior_never_names_the_subject(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(train_rpo, "text_prompts", lambda texts: said.append(texts) or text_prompts(texts))
+    train(tmp_path / "x", mode="dreambooth")
+    assert set(said[0]) == {"a photo of a circle"} and said[0] == said[1]  # drawn from, and trained under
+    assert all("[V]" in t for t in said[2] + said[3])  # the instance prompt, the validation prompts
+
+
+def test_photos_run_end_to_end_and_say_what_the_encoder_cannot_read(tmp_path, capsys):
+    folder = tmp_path / "cup"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (40, 30), (80 * i, 200, 30)).save(folder / f"{i}.jpg")
+    argv = ["--references", str(folder), "--class-name", "cup", "--mean", "arithmetic", "--label-temperature", "0.1"]
+    summary = train(tmp_path / "x", *argv, lam_val=0.4)
+    assert "has never seen: " in capsys.readouterr().out and "true_all" not in summary
+    rows = [json.loads(x) for x in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()]
+    judged = [r for r in rows if "val_i" in r]
+    assert len(judged) == 3  # the arithmetic mean is linear
+    assert all(r["val_0.4"] == pytest.approx(0.4 * r["val_i"] + 0.6 * r["val_t"], abs=1e-6) for r in judged)
+    assert summary["subject"] == "cup" and set(summary["harmonic_0.4"]) == {
+        "base", "last", "best", "best 0.3", "best 0.4", "best 0.5", "best 0.7"
+    }  # fmt: skip
+
+
+def test_the_first_preference_loss_is_log_two(run):
+    rows = [json.loads(x) for x in (run[0] / "metrics.jsonl").read_text().splitlines()]
+    first = next(r for r in rows if "preference" in r)
+    assert first["preference"] == pytest.approx(0.693147, abs=1e-5) and first["margin"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_run(run, tmp_path):
+    again = train(tmp_path / "again")
+    assert same(weights(run[0]), weights(tmp_path / "again"))
+    assert (run[0] / "metrics.jsonl").read_text() == (tmp_path / "again" / "metrics.jsonl").read_text()
+    assert {k for k in again if again[k] != run[1][k]} <= {"seconds", "peak_memory_mb"}
+    train(tmp_path / "other", seed=1)
+    assert not same(weights(run[0]), weights(tmp_path / "other"))
+
+
+def test_similarity_alone_is_beta_zero(run, tmp_path):
+    train(tmp_path / "alone", mode="similarity")
+    train(tmp_path / "zero", beta=0)
+    assert same(weights(tmp_path / "alone"), weights(tmp_path / "zero"))
+    assert not same(weights(tmp_path / "alone"), weights(run[0]))
+
+
+def test_labels_depend_on_lambda(run, tmp_path):
+    train(tmp_path / "x", lam_train=0)
+    assert not same(weights(tmp_path / "x"), weights(run[0]))
+
+
+@pytest.mark.parametrize(
+    "flags,beta,said",
+    [
+        (["--mode", "similarity", "--share-noise"], 1, "--share-noise: belongs to pairs, and --mode similarity"),
+        (["--mode", "dreambooth", "--lam-train", "0.25"], 1, "--lam-train: belongs to pairs, and --mode dreambooth"),
+        (["--mode", "similarity"], 3, "--beta: belongs to pairs, and --mode similarity compares none"),
+        (["--mode", "preference"], 0, "--beta 0: --mode preference would learn nothing"),
+    ],
+)
+def test_a_choice_that_would_do_nothing_is_refused(tmp_path, flags, beta, said):
+    with pytest.raises(ValueError, match=said):
+        train(tmp_path / "x", *flags, beta=beta)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_base_the_text_encoder_and_the_codec_never_change(tmp_path, monkeypatch):
+    loaded = []
+    load = train_rpo.Pipeline.load
+    monkeypatch.setattr(train_rpo.Pipeline, "load", staticmethod(lambda *a: loaded.append(load(*a)) or loaded[0]))
+    train(tmp_path / "x")
+    pipe, fresh = loaded[0], load(None)
+    assert same(pipe.unet.state_dict(), fresh.unet.state_dict()) and same(
+        pipe.clip.state_dict(), fresh.clip.state_dict()
+    )
+    parameters = [*pipe.unet.parameters(), *pipe.clip.parameters()]
+    assert all(p.grad is None and not p.requires_grad for p in parameters)
+
+
+def test_it_stops_when_no_lambda_has_improved_for_a_while(tmp_path):
+    """With learning rate 0 nothing ever improves."""
+    summary = train(tmp_path / "x", lr=0, steps=20, patience=2)
+    assert summary["last_step"] == 4 and summary["best_step"] == 0
+
+
+def test_it_goes_on_while_the_reward_of_any_lambda_improves(tmp_path, monkeypatch):
+    """Only that of 0.7 does, up to step 8; two validations later the run ends."""
+    calls = Counter()
+
+    def rising(I, T, lam):
+        calls[lam] += 1
+        return torch.full_like(I, min(calls[lam], 5) if lam == 0.7 else 0.5)
+
+    monkeypatch.setattr(train_rpo, "harmonic", rising)
+    summary = train(tmp_path / "x", mode="similarity", steps=20, patience=2, lam_val=0.3)
+    assert summary["last_step"] == 12 and summary["best_step"] == 0 and summary["steps"]["best 0.7"] == 8
+
+
+def test_sample_places_the_subject_by_a_prompt(run, tmp_path, capsys):
+    argv = ["--run", str(run[0]), "--count", "2", "--out", str(tmp_path / "x.png")]
+    sample.main([*argv, "--prompt", "a [V] circle on a red background"])
+    assert Image.open(tmp_path / "x.png").size[0] > 150 and (tmp_path / "x" / "aligned_01.png").is_file()
+    for prompt, said in (("a circle", "name the subject by [V]"), ("", "say --prompt")):
+        with pytest.raises(SystemExit) as stop:
+            run_main("minipref", partial(sample.main, [*argv, "--prompt", prompt]))
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def counting_encoder(images):
+    """Orthogonal embeddings, one for each place in the batch: a picture is like one of four references."""
+    return torch.eye(4)[torch.arange(len(images)) % 4]
+
+
+def broken_encoder(images):
+    return images.mean()
+
+
+def raising_encoder(images):
+    raise RuntimeError("mat1 and mat2")
+
+
+def counting_pixels(images):
+    return (images > 0.5).flatten(1).int()
+
+
+def growing_encoder(images):
+    return torch.ones(len(images), len(images))
+
+
+def test_a_further_judge_of_likeness_has_its_row_and_is_tried_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_encoder", sys.modules[__name__])
+    summary = train(tmp_path / "x", image_encoder="my_encoder:counting_encoder")
+    assert summary["further_i"]["base"] == pytest.approx(0.25)
+    with pytest.raises(ValueError, match=r"my_encoder:broken_encoder: gave \(\), expected \(4, D\)"):
+        train(tmp_path / "y", image_encoder="my_encoder:broken_encoder")
+    with pytest.raises(ValueError, match="my_encoder:raising_encoder: raised RuntimeError: mat1 and mat2"):
+        train(tmp_path / "y", image_encoder="my_encoder:raising_encoder")
+    assert ImageJudge("my_encoder:counting_pixels", torch.eye(3)[:, None])(torch.ones(2, 1, 3)) == pytest.approx(
+        3**-0.5
+    )
+    judge = ImageJudge("my_encoder:growing_encoder", torch.zeros(4, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"gave \(3, 3\), expected \(3, 4\)"):
+        judge(torch.zeros(3, 3, 32, 32))
+    assert not (tmp_path / "y").exists()
