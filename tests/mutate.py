@@ -39,6 +39,7 @@ DIED = -1
 # Mutants that no test can kill, because they change nothing: what their new line contains, and why.
 EXPLAINED = {
     "non_blocking=False": "speed on a GPU, no number",
+    "batch: int=6": "how many pictures are encoded at a time",
     "index_add_(-1": "a tensor of one axis",
     "flip(-1)": "a tensor of one axis",
     "cumsum(-1)": "a tensor of one axis",
@@ -253,11 +254,12 @@ def outcome(folder: str, tests: list[str]) -> int:
 
 @contextlib.contextmanager
 def package_copy():
-    """A folder with the package and its tests, to be spoilt."""
+    """A folder with the package, its scripts and its tests, to be spoilt."""
     with tempfile.TemporaryDirectory() as folder:
         for part in ("minipref", "tests"):
             shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", folder)
+        for path in [ROOT / "pyproject.toml", *ROOT.glob("train_*.py")]:
+            shutil.copy(path, folder)
         yield folder
 
 

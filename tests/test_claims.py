@@ -1,35 +1,11 @@
 """The study that measures the papers' claims: which runs it makes, how it averages, and what it calls uncertain."""
 
-import math
 import subprocess
 import time
 
 import pytest
-import torch
 
 from minipref import claims
-from minipref.metrics import T_QUANTILES, t_interval
-
-
-def test_students_quantiles_hold_95_percent_of_his_density():
-    """Each tabulated quantile against the density itself, integrated numerically (Simpson)."""
-    for df, q in enumerate(T_QUANTILES, start=1):
-        height = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
-        x = torch.linspace(-q, q, 20_001, dtype=torch.float64)
-        y = height * (1 + x**2 / df) ** (-(df + 1) / 2)
-        weights = torch.ones_like(x)
-        weights[1:-1:2], weights[2:-1:2] = 4, 2
-        assert float((weights * y).sum() * (x[1] - x[0]) / 3) == pytest.approx(0.95, abs=1e-5)
-
-
-def test_students_interval_by_hand():
-    low, high = t_interval(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))  # sd² = 2.5, df = 4
-    assert (low + high) / 2 == pytest.approx(3) and (high - low) / 2 == pytest.approx(2.7764 * math.sqrt(2.5 / 5))
-    many = torch.arange(100.0)
-    assert t_interval(many)[1] - 49.5 == pytest.approx(2.0860 * float(many.std()) / 10)
-    with pytest.raises(ValueError, match="at least two values"):
-        t_interval(torch.tensor([1.0]))
-
 
 WHICH = ("base", "best", "last", "best 0.3", "best 0.5", "best 0.7")
 
