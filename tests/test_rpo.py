@@ -43,8 +43,10 @@ def test_the_limits_of_lambda_and_of_likeness():
     assert harmonic(zero, one, 0.5).tolist() == [0, 0, 0]
     assert arithmetic(zero, one, 0.25).tolist() == [0.375, 0.125, 0]
     for function in (harmonic, arithmetic):
-        with pytest.raises(ValueError, match="lam=1.2"):
-            function(I, text, 1.2)
+        assert torch.equal(function(I, text, 1), I) and torch.equal(function(I, text, 0), text)
+        for lam in (1.2, -0.2):
+            with pytest.raises(ValueError, match=f"lam={lam}"):
+                function(I, text, lam)
 
 
 class FakeClip(torch.nn.Module):
@@ -112,6 +114,11 @@ def test_references_are_encoded_once_and_batches_change_nothing():
         SubjectReward(clip, FakeTokenizer(), picture(0.5, 0))
     with pytest.raises(ValueError, match="no other to compare it with"):
         SubjectReward(clip, FakeTokenizer(), picture(0.5)).of_references(prompts)
+
+
+def test_two_references_are_compared_with_each_other():
+    reward = SubjectReward(FakeClip(), FakeTokenizer(), torch.cat([picture(0.1), picture(0.6)]))  # half a turn: cos 0
+    assert reward.of_references(["a"])[0].flatten().tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
 
 
 def test_references_are_scored_under_every_prompt_without_being_encoded_again():
