@@ -54,7 +54,8 @@ MEASURES = {
     "true_second": "second thing, where named",
     "clip_i": "CLIP-I",
     "clip_t": "CLIP-T",
-    "harmonic_0.5": "harmonic ½",
+    "harmonic_0.3": "harmonic 0.3",
+    "harmonic_0.5": "harmonic 0.5",
 }
 
 
@@ -173,30 +174,45 @@ def _cell(values: Tensor, signed: bool = False) -> str:
 
 
 def table(found: Summaries) -> str:
-    """Markdown: each variant's best and last step, then their differences from RPO's best, subject by subject."""
-    lines = ["| | step | " + " | ".join(MEASURES.values()) + " |", "|---" * (2 + len(MEASURES)) + "|"]
+    """Markdown: each variant's best and last step; what tells them from the first variant's best, and from each other.
 
-    def row(name: str, runs: dict, which: str) -> str:
-        steps = torch.tensor([v["steps"][which] for v in runs.values()]).double()
-        cells = [_cell(by_subject(runs, m, which)) for m in MEASURES]
-        return f"| {name} | {float(steps.mean()):.0f} | " + " | ".join(cells) + " |"
+    Differences are of the same subjects and seeds. The last table is about single runs: the lowest and the highest
+    share that is all right at the best step, and how many have the same best step by lambda_val 0.3 and 0.7.
+    """
 
-    first = next(iter(found))
-    lines.append(row("base", found[first], "base"))
-    for lam in ("0.3", "0.5", "0.7"):
-        lines.append(row(f"{first}, best by lambda_val {lam}", found[first], f"best {lam}"))
-    for name, runs in found.items():
-        lines += [
-            row(f"{name}, {which}", runs, which) for which in ("best", "last") if (name, which) != (first, "best")
+    def rows(head: list[str], named: list[tuple[str, list[str]]]) -> list[str]:
+        return ["| | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"] + [
+            f"| {name} | " + " | ".join(cells) + " |" for name, cells in named
         ]
-    lines += ["", f"Differences from {first}, best, of the same subjects and seeds:", ""]
-    lines += ["| | " + " | ".join(MEASURES.values()) + " |", "|---" * (1 + len(MEASURES)) + "|"]
+
+    def levels(runs: dict, which: str) -> list[str]:
+        step = sum(v["steps"][which] for v in runs.values()) / len(runs)
+        return [f"{step:.0f}", *(_cell(by_subject(runs, m, which)) for m in MEASURES)]
+
+    def apart(a: dict, a_which: str, b: dict, b_which: str) -> list[str]:
+        pairs = [by_subject(a, m, a_which) - by_subject(b, m, b_which) for m in MEASURES]
+        return [_cell(d, signed=True) for d in pairs]
+
+    first, base = next(iter(found.items()))
+    kept = [("base", levels(base, "base"))]
+    kept += [(f"{first}, best by lambda_val {lam}", levels(base, f"best {lam}")) for lam in ("0.3", "0.5", "0.7")]
+    from_first = [(f"{first}, base", apart(base, "base", base, "best"))]
+    within, single = [], []
     for name, runs in found.items():
-        for which in ("base", "best 0.3", "best 0.7", "best", "last") if name == first else ("best", "last"):
-            if (name, which) != (first, "best"):
-                apart = [by_subject(runs, m, which) - by_subject(found[first], m, "best") for m in MEASURES]
-                lines.append(f"| {name}, {which} | " + " | ".join(_cell(a, signed=True) for a in apart) + " |")
-    return "\n".join(lines)
+        for which in ("best", "last") if name != first else ("last",):
+            kept.append((f"{name}, {which}", levels(runs, which)))
+            from_first.append((f"{name}, {which}", apart(runs, which, base, "best")))
+        within.append((f"{name}, best − last", apart(runs, "best", runs, "last")))
+        within.append((f"{name}, lambda_val 0.7 − 0.3", apart(runs, "best 0.7", runs, "best 0.3")))
+        right = [v["true_all"]["best"] for v in runs.values()]
+        same = sum(v["steps"]["best 0.3"] == v["steps"]["best 0.7"] for v in runs.values())
+        single.append((name, [f"{min(right):.2f}", f"{max(right):.2f}", f"{same} of {len(runs)}"]))
+    names = list(MEASURES.values())
+    lines = rows(["step", *names], kept)
+    lines += ["", f"Differences from {first}, best, of the same subjects and seeds:", "", *rows(names, from_first)]
+    lines += ["", "Differences between two steps of the same runs:", "", *rows(names, within)]
+    head = ["all right at the best step: lowest", "highest", "same best step by lambda_val 0.3 and 0.7"]
+    return "\n".join([*lines, "", "Single runs:", "", *rows(head, single)])
 
 
 def arrival(rows: list[dict], goal: float) -> float:

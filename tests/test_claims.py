@@ -22,9 +22,10 @@ def test_seeds_are_averaged_within_a_subject_and_differences_are_paired():
     assert claims.by_subject(runs, "clip_i", "best").tolist() == pytest.approx([0.31, 0.41, 0.51])
     other = {case: summary(best=v["clip_i"]["best"] - 0.2, last=0.0) for case, v in runs.items()}
     lines = claims.table({"RPO": runs, "similarity only": other}).splitlines()
+    n = len(claims.MEASURES)
     # The subjects differ much among themselves (± 0.248 = 4.3027·0.1/√3), the pairs not at all.
-    assert next(x for x in lines if x.startswith("| RPO, last | 240 |")).count("0.250 ± 0.000") == 7
-    assert next(x for x in lines if x.startswith("| similarity only, best | 60 |")).count("0.210 ± 0.248") == 7
+    assert next(x for x in lines if x.startswith("| RPO, last | 240 |")).count("0.250 ± 0.000") == n
+    assert next(x for x in lines if x.startswith("| similarity only, best | 60 |")).count("0.210 ± 0.248") == n
     assert sum("| similarity only, best | -0.200 (-0.200 to -0.200) |" in x for x in lines) == 1
     assert sum(x.startswith("| RPO, last | -0.160 (-0.408 to +0.088)") for x in lines) == 1
 
@@ -39,20 +40,29 @@ def test_every_cell_is_that_of_its_line_and_column():
         return cells | {"steps": {w: 1000 * v + i for i, w in enumerate(WHICH)}}
 
     both = {name: {case: run(v) for case in ((0, 0), (1, 0))} for v, name in enumerate(("RPO", "other"))}
-    found = {}
-    for line in claims.table(both).splitlines():
-        name, *cells = (c.strip() for c in line.strip("|").split("|"))
-        if cells and "---" not in line and cells[0][:1] in "+-0123456789":
-            found.setdefault(name, []).append([float(c.split()[0]) for c in cells])
+    blocks = claims.table(both).split("\n\n")[::2]
+    found = []
+    for lines in (block.splitlines()[2:] for block in blocks[:3]):
+        rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+        found.append({name: [float(c.split()[0]) for c in cells] for name, *cells in rows})
+    n = len(claims.MEASURES)
     expected = {"base": (0, 0), "RPO, best": (0, 1), "RPO, last": (0, 2), "other, best": (1, 1), "other, last": (1, 2)}
     expected |= {f"RPO, best by lambda_val 0.{k}": (0, i) for i, k in ((3, 3), (4, 5), (5, 7))}
     for name, (v, i) in expected.items():
         if name != "RPO, best":
-            assert found[name][0] == [1000 * v + i] + [100 * v + 10 * i + j for j in range(7)], name
-    differences = {"RPO, base": (0, 0), "RPO, best 0.3": (0, 3), "RPO, best 0.7": (0, 5), "RPO, last": (0, 2)}
-    differences |= {"other, best": (1, 1), "other, last": (1, 2)}
-    for name, (v, i) in differences.items():
-        assert found[name][-1] == [100 * v + 10 * (i - 1)] * 7, name
+            assert found[0].pop(name) == [1000 * v + i] + [100 * v + 10 * i + j for j in range(n)], name
+    differences = {"RPO, base": -10, "RPO, last": 10, "other, best": 100, "other, last": 110}
+    assert found[1] == {name: [d] * n for name, d in differences.items()}
+    within = {f"{v}, {pair}": d for v in both for pair, d in (("best − last", -10), ("lambda_val 0.7 − 0.3", 20))}
+    assert found[2] == {name: [d] * n for name, d in within.items()} and found[0] == {}
+
+
+def test_single_runs_show_how_far_apart_they_lie_and_how_often_lambda_val_changes_the_step():
+    right, steps = (0.1, 0.7, 0.4, 0.3), ((40, 40), (40, 80), (80, 80), (80, 80))
+    runs = {(i, 0): summary(best=r, last=0.9) for i, r in enumerate(right)}
+    for run, (low, high) in zip(runs.values(), steps):
+        run["steps"] |= {"best 0.3": low, "best 0.7": high}
+    assert claims.table({"RPO": runs}).splitlines()[-1] == "| RPO | 0.10 | 0.70 | 3 of 4 |"
 
 
 def test_variants_differ_from_the_first_and_run_on_the_same_cases(tmp_path, monkeypatch):
