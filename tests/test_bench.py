@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minipref import bench
+from minipref import bench, bench_kernels
 from minipref.diffusion import Condition, Schedule, ScheduleConfig, predict, rollout
 from minipref.kernels import common
 from minipref.models.unet import UNet, UNetConfig
@@ -106,7 +106,7 @@ def test_waiting_is_counted():
 @pytest.mark.skipif(common.triton is None, reason="triton is not installed: pip install '.[parity]' on Linux")
 def test_every_kernel_is_timed_against_the_same_computation():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = list(bench.cases(device, (("tiny", TINY, 2, 8, torch.float32),)))
+    found = list(bench_kernels.cases(device, (("tiny", TINY, 2, 8, torch.float32),)))
     assert {c.name.split()[0] for c in found} == {
         "group_norm_act", "geglu", "q_sample", "ddim_step_logprob", "preference_loss"
     }  # fmt: skip
