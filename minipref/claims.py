@@ -272,7 +272,8 @@ def main(argv: list[str] | None = None) -> None:
     variants = {n: known[n] for n in known if n in chosen}
     command = f"`python -m minipref claims {shlex.join(sys.argv[2:] if argv is None else argv)}`"
     if cfg.study == "rpo":
-        title = f"# RPO on {cfg.subjects} toy subjects, {cfg.seeds} seeds each ({cfg.subjects * cfg.seeds} runs a line)"
+        seeds = f"{cfg.seeds} seeds" if cfg.seeds > 1 else "1 seed"
+        title = f"# RPO on {cfg.subjects} toy subjects, {seeds} each ({cfg.subjects * cfg.seeds} runs a line)"
         note = (
             "Shares and scores on test prompts that nothing was chosen by. CLIP-I and CLIP-T come from the encoder"
             " that also chose the step. Every run goes on to its last update (`--patience 0`). 95 % intervals:"
