@@ -45,7 +45,7 @@ class RewardConfig(FitConfig):
     compare: bool = opt(False, "also fit every kind of features and objective on these ratings and write a table")
     policies: str = opt("", "RL runs whose trust weights are drawn beside the base model's: RUN,RUN")
     device: str = opt("cpu", "cpu, cuda or mps")
-    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
+    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
 
 PRESETS: dict[str, dict] = {"small": {}}

@@ -76,7 +76,7 @@ class RLConfig:
     win_prompts: int = opt(256, "held-out prompts of the final WinRate", lo=8)
     held_out: int = opt(0, "which held-out prompts", lo=0, hi=999_999)
     device: str = opt("cpu", "cpu, cuda or mps")
-    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
+    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
 
 PRESETS: dict[str, dict] = {"small": {}}

@@ -86,7 +86,7 @@ class RPOConfig:
     test_images: int = opt(2, "pictures a test prompt (DreamBench: 4)", lo=1)
     image_encoder: str = opt("", "a further judge of likeness: package.module:function, pictures to embeddings (B, D)")
     device: str = opt("cpu", "cpu, cuda or mps")
-    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
+    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
 
 PRESETS: dict[str, dict] = {"small": {}}
@@ -244,6 +244,8 @@ def main() -> None:
                 keep("best", step, policy.state_dict())
             bar.set_postfix({k[4:]: f"{v:.3f}" for k, v in row.items() if k.startswith("val_")}, refresh=False)
         run.log(step=step, **row)
+        if "val_i" in row:  # a run that is stopped by hand leaves its curves, too
+            rpo_curves(run, cfg.lam_val, cfg.mean, best[cfg.lam_val][1])
         if cfg.patience and since >= cfg.patience:
             print(f"stopped after step {step}: no reward has improved in {since} validations")
             break
@@ -280,7 +282,6 @@ def main() -> None:
     }
     summary |= {"label_mean": float(chance.mean())} if pairs else {}
     run.write_json("summary.json", summary)
-    rpo_curves(run, cfg.lam_val, cfg.mean, names["best"])
     kept = {k: shown[k][:: cfg.test_images] for k in ("base", "last", "best")}
     rpo_grid(run.path / "grid.png", subject, asked[TEST], kept)
     print(comparison(table, names))

@@ -45,7 +45,7 @@ class BenchConfig:
     train_steps: int = opt(3, "K, steps that are trained (PrefPaint: 5 windows)", lo=1)
     rounds: int = opt(5, "how often every form is timed, in turn", lo=1)
     seed: int = opt(0, "seed of weights and noise", lo=0)
-    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
+    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def table(found: Summaries) -> str:
     """Markdown: each variant's best and last step; what tells them from the first variant's best, and from each other.
 
     Differences are of the same subjects and seeds. The last table is about single runs: the lowest and the highest
-    share that is all right at the best step, and how many have the same best step by lambda_val 0.3 and 0.7.
+    best step and share that is all right there, and how many have the same best step by lambda_val 0.3 and 0.7.
     """
 
     def rows(head: list[str], named: list[tuple[str, list[str]]]) -> list[str]:
@@ -204,14 +204,15 @@ def table(found: Summaries) -> str:
             from_first.append((f"{name}, {which}", apart(runs, which, base, "best")))
         within.append((f"{name}, best − last", apart(runs, "best", runs, "last")))
         within.append((f"{name}, lambda_val 0.7 − 0.3", apart(runs, "best 0.7", runs, "best 0.3")))
-        right = [v["true_all"]["best"] for v in runs.values()]
+        right, steps = [v["true_all"]["best"] for v in runs.values()], [v["steps"]["best"] for v in runs.values()]
         same = sum(v["steps"]["best 0.3"] == v["steps"]["best 0.7"] for v in runs.values())
-        single.append((name, [f"{min(right):.2f}", f"{max(right):.2f}", f"{same} of {len(runs)}"]))
+        ranges = [f"{min(steps)} to {max(steps)}", f"{min(right):.2f} to {max(right):.2f}"]
+        single.append((name, [*ranges, f"{same} of {len(runs)}"]))
     names = list(MEASURES.values())
     lines = rows(["step", *names], kept)
     lines += ["", f"Differences from {first}, best, of the same subjects and seeds:", "", *rows(names, from_first)]
     lines += ["", "Differences between two steps of the same runs:", "", *rows(names, within)]
-    head = ["all right at the best step: lowest", "highest", "same best step by lambda_val 0.3 and 0.7"]
+    head = ["best step", "all right there", "same best step by lambda_val 0.3 and 0.7"]
     return "\n".join([*lines, "", "Single runs:", "", *rows(head, single)])
 
 

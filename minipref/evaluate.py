@@ -44,7 +44,7 @@ class EvaluateConfig:
     steps: int = opt(0, "DDIM steps; 0: those of the run, 50 of text-to-image", lo=0)
     seed: int = opt(-1, "seed of the noise; -1: the run's, 0 of text-to-image", lo=-1)
     device: str = opt("cpu", "cpu, cuda or mps")
-    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
+    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
 
 # What the configuration of a run must hold for the tools that read it.

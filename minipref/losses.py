@@ -4,6 +4,9 @@ A          advantage                          (B,)
 gamma      trust weight of a sample           (B,)
 log_prob   mean over the n dimensions of a step's Gaussian log-density (see diffusion.gaussian_log_prob)
 r          probability ratio exp(log_prob − log_prob_old): the joint ratio to the power 1/n
+theta, base  the model that learns and the frozen one; ref, gen: a reference picture and one that the base has drawn
+l          preference margin: how much more theta has gained on ref than on gen (B,), in mean squared error
+y          label, the probability that ref is preferred to gen (B,); beta: slope of the preference in l
 """
 
 from __future__ import annotations
@@ -109,7 +112,8 @@ def preference_loss(margin: Tensor, label: Tensor, beta: float) -> Tensor:
 def preference_label(
     reward_ref: Tensor, reward_gen: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """P(ref ≻ gen) = sigmoid((r_ref − r_gen)/temperature) (RPO Eq. 6), (B,); with a generator a draw from it, 0 or 1.
+    """P(ref ≻ gen) = sigmoid((r_ref − r_gen)/temperature) (RPO Eq. 6), element by element; with a generator a draw
+    from it, 0 or 1.
 
     Temperature 1 is the paper's. Its rewards lie in [0, 1], so its labels are nearly coin flips.
     """

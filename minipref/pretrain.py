@@ -61,7 +61,7 @@ class PretrainConfig:
     reward_prompts: int = opt(1536, "prompts whose completions are rated for the reward model", lo=20)
     reward_dim: int = opt(64, "d, length of the reward model's feature z", lo=1)
     device: str = opt("cpu", "where to train: cpu, cuda or mps")
-    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
+    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
 
 PRESETS: dict[str, dict] = {"small": {}}

@@ -116,7 +116,10 @@ def rl_curves(run: RunFolder) -> None:
 
 
 def rpo_grid(path: Path, subject, asked: list, shown: dict[str, Tensor], count: int = 8) -> None:
-    """The references; below them the rows of `shown` for the first prompts, first picture each, never chosen."""
+    """The references; below them the rows of `shown`, (P, 3, H, W) each, one picture for each of P prompts `asked`.
+
+    The first `count` prompts are shown, never chosen.
+    """
     references = grid([("references", subject.references[:count])], cell=96, title=subject.name)
     rows = [(k, v[:count]) for k, v in shown.items()]
     save(stack([references, grid(rows, cell=96, columns=[p.text for p in asked[:count]])]), path)
@@ -135,12 +138,13 @@ def rpo_curves(run: RunFolder, lam: float, mean: str, kept: int) -> None:
         return Panel(title, "step", unit, [*drawn, Series("kept", [kept] * len(points), points, points=True)])
 
     measures = {f"val_{k}": k for k in ("subject", "background", "second", "all")}
-    losses = [line(k, k) for k in ("similarity", "preference", "prior")]
+    losses = [line(k, k) for k in ("similarity", "prior")]
     panels = [
         validated(f"Validation reward, {mean}, lambda {lam:g}", "reward", {f"val_{lam}": "reward"}),
         validated("Likeness", "I and T, 0 to 1", {"val_i": "subject, I", "val_t": "prompt, T"}),
         validated("True measures", "share of pictures", measures),
-        Panel("Losses", "step", "loss", [s for s in losses if s.x]),
+        Panel("Losses", "step", "mean squared error", [s for s in losses if s.x]),
+        Panel("Preference loss, log 2 at first", "step", "nats", [line("preference", "preference")]),
         Panel("Preference margin", "step", "l, mean squared error", [line("margin", "margin")]),
     ]
     curves([p for p in panels if any(s.x for s in p.series)], run.path / "curves.png")

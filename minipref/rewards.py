@@ -256,8 +256,8 @@ def stripped(prompt: str) -> str:
 
 
 def likeness(cosine: Tensor) -> Tensor:
-    """(cos + 1)/2: −1 … 1 -> 0 … 1."""
-    return (cosine + 1) / 2
+    """(cos + 1)/2: −1 … 1 -> 0 … 1, whatever rounding adds."""
+    return ((cosine + 1) / 2).clamp(0, 1)
 
 
 def harmonic(image: Tensor, text: Tensor, lam: float) -> Tensor:

@@ -43,7 +43,7 @@ class SampleConfig:
     seed: int = opt(0, "seed of the noise and of drawn masks", lo=0)
     out: str = opt("", "PNG to write; empty: sample.png in the run folder or here")
     device: str = opt("cpu", "cpu, cuda or mps")
-    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
+    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
 
 def wanted(cfg: SampleConfig, config: dict) -> Prompts:

@@ -39,6 +39,7 @@ DIED = -1
 # Mutants that no test can kill, because they change nothing: what their new line contains, and why.
 EXPLAINED = {
     "non_blocking=False": "speed on a GPU, no number",
+    "alike.sum(0)": "a symmetric matrix",
     "batch: int=6": "how many pictures are encoded at a time",
     "index_add_(-1": "a tensor of one axis",
     "flip(-1)": "a tensor of one axis",

@@ -60,9 +60,41 @@ def test_every_cell_is_that_of_its_line_and_column():
 def test_single_runs_show_how_far_apart_they_lie_and_how_often_lambda_val_changes_the_step():
     right, steps = (0.1, 0.7, 0.4, 0.3), ((40, 40), (40, 80), (80, 80), (80, 80))
     runs = {(i, 0): summary(best=r, last=0.9) for i, r in enumerate(right)}
-    for run, (low, high) in zip(runs.values(), steps):
-        run["steps"] |= {"best 0.3": low, "best 0.7": high}
-    assert claims.table({"RPO": runs}).splitlines()[-1] == "| RPO | 0.10 | 0.70 | 3 of 4 |"
+    for i, (run, (low, high)) in enumerate(zip(runs.values(), steps)):
+        run["steps"] |= {"best 0.3": low, "best 0.7": high, "best": 60 + 20 * i}
+    assert claims.table({"RPO": runs}).splitlines()[-1] == "| RPO | 60 to 120 | 0.10 to 0.70 | 3 of 4 |"
+
+
+def test_the_variants_are_what_they_are_called():
+    for name, flags in {
+        "similarity only": "--mode similarity", "preference only": "--mode preference",
+        "DreamBooth with prior preservation": "--mode dreambooth", "arithmetic mean": "--mean arithmetic",
+        "labels drawn": "--no-soft-labels", "reference under the instance prompt": "--reference-prompt instance",
+        "noise and time shared": "--share-noise", "label temperature 0.1": "--label-temperature 0.1",
+        "the paper's labels, drawn and by the prompt alone": "--no-soft-labels --lam-train 0",
+        "labels by the prompt alone": "--lam-train 0", "labels by the subject alone": "--lam-train 1", "RPO": "",
+    }.items():  # fmt: skip
+        assert claims.RPO[name] == flags
+    for name in claims.RPO.keys() - {n for n in claims.RPO if not n.startswith("beta ")}:
+        assert claims.RPO[name] == f"--{name}"
+    assert claims.RL == {k: f"--trust {v}" for k, v in (
+        ("no weighting", "off"), ("constant", "constant"), ("exponential", "exponential")
+    )}  # fmt: skip
+
+
+def test_other_code_or_weights_are_other_runs(monkeypatch, tmp_path):
+    for name in ("train_rl.py", "train_rpo.py", "minipref/a.py", "minipref/weights/small/unet.pt", "minipref/a.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    before = claims.provenance()
+    for name, counts in (
+        ("train_rl.py", True), ("train_rpo.py", True), ("minipref/a.py", True),
+        ("minipref/weights/small/unet.pt", True), ("minipref/a.json", False),
+    ):  # fmt: skip
+        (tmp_path / name).write_text("2")
+        assert (claims.provenance() != before) == counts, name
+        (tmp_path / name).write_text("1")
 
 
 def test_variants_differ_from_the_first_and_run_on_the_same_cases(tmp_path, monkeypatch):
@@ -88,6 +120,7 @@ def test_variants_differ_from_the_first_and_run_on_the_same_cases(tmp_path, monk
     for argv, said in (
         (["--only", "x"], "--only: knows no variant 'x'"),
         (["--flags", "--lr 1 --seed=5"], "--seed is the study's to set"),
+        (["--flags", "--patience 4"], "--patience is the study's to set"),
         (["--flags", "--lr 'x"], "--flags --lr 'x: No closing quotation"),
         (["--study", "rl", "--subjects", "3"], "--subjects, --first-subject: belong to --study rpo"),
     ):

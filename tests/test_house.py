@@ -124,6 +124,7 @@ def test_flags_override_presets_and_presets_override_defaults():
         (["--steps", "0"], "--steps 0: out of range"),
         (["--steps", "x"], "argument --steps: invalid int value"),
         (["--kind", "c"], "--kind c: choose from a, b"),
+        (["--kind", ""], "--kind: an empty value; leave the flag out"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
     ],
 )
@@ -141,6 +142,12 @@ def test_errors_that_a_user_can_mend_are_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         run_main("example.py", broken)
     assert stop.value.code == 2 and capsys.readouterr().err == "example.py: a line and another\n"
+
+    with pytest.raises(SystemExit) as stop:
+        run_main("example.py", lambda: torch.empty(1 << 60))  # more than any machine has
+    assert stop.value.code == 2 and "example.py: out of memory; make --batch" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="shape"):  # a fault of ours keeps its traceback
+        run_main("example.py", lambda: torch.zeros(2).view(3))
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -304,11 +311,14 @@ def test_bad_files_are_named_and_skipped_and_an_empty_folder_stops(tmp_path):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:600])
     (tmp_path / "fake.png").write_text("no picture")
     (tmp_path / "note.txt").write_text("ignored")
+    (tmp_path / "phone.HEIC").write_text("a format that is not read")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     images, files, skipped = folders.read_folder(tmp_path, 32)
     assert images.shape == (1, 3, 32, 32) and [f.name for f in files] == ["good.PNG"]
-    assert len(skipped) == 2 and "cut.jpg: not a readable picture" in skipped[0] and "fake.png" in skipped[1]
+    assert len(skipped) == 4 and "cut.jpg: not a readable picture" in skipped[0] and "fake.png" in skipped[1]
+    assert "gone.jpg: no such picture" in skipped[2] and "phone.HEIC: is not read; convert it" in skipped[3]
     (tmp_path / "deep" / "good.PNG").unlink()
-    with pytest.raises(ValueError, match="holds no readable picture.*skipped 2, the first: .*cut.jpg"):
+    with pytest.raises(ValueError, match="holds no readable picture.*skipped 4, the first: .*cut.jpg"):
         folders.read_folder(tmp_path, 32)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         folders.read_folder(tmp_path / "none", 32)

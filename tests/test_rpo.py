@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minipref.losses import denoising_loss, preference_label, preference_loss, preference_margin
-from minipref.rewards import SubjectReward, arithmetic, harmonic, stripped
+from minipref.rewards import SubjectReward, arithmetic, harmonic, likeness, stripped
 
 T = torch.tensor
 DOUBLE = torch.float64
@@ -88,6 +88,10 @@ def test_likeness_is_the_mean_cosine_over_references_brought_to_zero_to_one():
     assert I.tolist() == pytest.approx([((1 + 1) / 2 + (0 + 1) / 2) / 2, ((-1 + 1) / 2 + (0 + 1) / 2) / 2], abs=1e-6)
     four = math.cos(4 * math.pi / 10)  # "a b c d" has four words
     assert text.tolist() == pytest.approx([(four + 1) / 2, (-four + 1) / 2], abs=1e-6)
+
+
+def test_rounding_leaves_likeness_between_zero_and_one():
+    assert likeness(torch.tensor([-1.0000002, 1.0000002, 0.5])).tolist() == [0, 1, 0.75]
 
 
 def test_the_subjects_token_never_reaches_the_scored_text():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minipref.data import recognise
 from minipref.data import scenes as S
 from minipref.data import subjects as J
 from minipref.data.recognise import placed_as_asked
@@ -39,6 +40,8 @@ def test_there_are_many_subjects_and_each_is_one_thing_on_several_backgrounds():
         assert 4 <= len(s.references) <= 6 and s.thing.pattern != "plain" and s.thing.colour != s.thing.second
         corners = {tuple(x[:, 0, 0].tolist()) for x in s.references}
         assert len(corners) == len(s.references)  # a corner shows the background
+        sizes = [max(found, key=lambda f: f.overlap).radius for found in recognise.things(s.references)]
+        assert min(sizes) < 0.8 * max(sizes)  # large and small
     assert torch.equal(toy_subject(0, 3).references, SUBJECTS[3].references)
     assert not torch.equal(toy_subject(1, 3).references, SUBJECTS[3].references)
 
@@ -69,7 +72,7 @@ def test_prompts_name_the_class_and_never_what_makes_the_subject_itself():
 
 def test_the_true_measures_pass_true_pictures_and_name_what_is_missing():
     """Over 14 subjects and 6 prompts each; a picture of another subject, background or second thing fails its part."""
-    right, wrong = [], {"subject": [], "background": [], "second": []}
+    right, wrong = [], {"subject": [], "background": [], "second": [], "second's colour": [], "second's shape": []}
     for i, s in enumerate(SUBJECTS):
         for k, asked in enumerate(toy_prompts(s, 0, 6)):
             true = scene_of(s, asked, ("large", "small")[k % 2])
@@ -80,6 +83,15 @@ def test_the_true_measures_pass_true_pictures_and_name_what_is_missing():
                 + [replace(true, things=true.things[:1])]
             )
             found = placed_as_asked(pictures, s.thing, [asked] * 4)
+            if asked.second:  # another one beside the subject
+                first, second = true.things
+                free = [c for c in S.COLOURS if c not in {true.background, second.colour, first.colour, first.second}]
+                shape = next(v for v in S.SHAPES if v not in (first.shape, second.shape))
+                others = replace(second, colour=free[0], second=free[0]), replace(second, shape=shape)
+                shown = S.draw([replace(true, things=(first, o)) for o in others])
+                passed = placed_as_asked(shown, s.thing, [asked] * 2)["second"].tolist()
+                wrong["second's colour"].append(passed[0])
+                wrong["second's shape"].append(passed[1])
             right.append([bool(found[n][0]) for n in ("subject", "background", "second", "all")])
             wrong["subject"].append(bool(found["subject"][1]))
             if asked.background:
@@ -194,6 +206,8 @@ def test_dreambench_gives_class_and_test_prompts(tmp_path):
         assert [p.text for p in asked] == [p.format(s.class_name) for p in test] and len(train) == len(validate) == 8
         assert all(f"[V] {s.class_name}" in p.text for p in train + validate)
         assert {p.text for p in train}.isdisjoint(p.text for p in validate + asked)
+        assert (f"a [V] {s.class_name} is swimming in a pool" in {p.text for p in train}) == (test == alive)
+    assert J.dreambench_class(tmp_path / "prompts_and_classes.txt", "my_do") == ""  # the whole name counts
 
 
 @pytest.mark.parametrize("line", ["a {0} old {1} in the jungle", "a {0} {1} beside a {0} {1}", "a dog"])
@@ -221,6 +235,8 @@ def test_prompts_of_your_own_train_validate_and_test_in_turn(tmp_path):
         (3, "", "", "--class-name"),
         (3, "cup", "a [V] cup on a mat\na cup on a table\n", "'a cup on a table' lacks [V]"),
         (3, " ", "", "--class-name"),
+        (3, "[V] cup", "", "--class-name, a word or two such as dog"),
+        (3, "??", "", "--class-name, a word or two such as dog"),
         (3, "cup", "a [V] cup\nA  [V] cup.\n", "'A  [V] cup.' stands there twice"),
         (3, "cup", "a [V] cup\n[V]\n", "'[V]' says nothing beside [V]"),
         (3, "cup", "a [V] cup on a mat\n", "1 prompts; 8 train, 8 validate, the next test"),
@@ -252,6 +268,7 @@ def test_more_prompts_than_there_are_and_flags_of_the_other_kind_are_refused(tmp
     with pytest.raises(ValueError, match="--subject"):
         J.load_subject(str(folder), "cup", 3)
     photos(tmp_path / "many" / "inner")
+    Image.new("RGB", (32, 32)).save(tmp_path / "many" / "00.png")  # a file beside the sub-folder
     with pytest.raises(ValueError, match="sub-folders; name the folder of one subject"):
         J.load_subject(str(tmp_path / "many"), "cup", 0)
     with pytest.raises(ValueError, match="--test-prompts 200: a toy subject has 306 prompts, not 600"):

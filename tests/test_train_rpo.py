@@ -1,6 +1,8 @@
 """RPO, small enough to run in seconds, on the shipped weights."""
 
 import json
+import re
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -14,6 +16,7 @@ from PIL import Image
 import train_rpo
 from minipref import report, sample
 from minipref.data import scenes
+from minipref.data.folders import read_image
 from minipref.data.prompts import text_prompts
 from minipref.data.subjects import Placed, load_prompts, load_subject
 from minipref.named_rewards import ImageJudge
@@ -23,8 +26,8 @@ from minipref.runtime.config import run_main
 from minipref.runtime.runlog import RunFolder
 
 TINY = {
-    "--steps": 4, "--val-every": 2, "--train-prompts": 2, "--images": 1, "--val-prompts": 2, "--val-images": 1,
-    "--test-prompts": 3, "--test-images": 1, "--sample-steps": 2, "--batch": 2, "--lr": 1e-3, "--beta": 0.02,
+    "--steps": 4, "--val-every": 2, "--train-prompts": 2, "--images": 2, "--val-prompts": 2, "--val-images": 2,
+    "--test-prompts": 3, "--test-images": 2, "--sample-steps": 2, "--batch": 2, "--lr": 1e-3, "--beta": 0.02,
     "--eta": 0, "--guidance": 3,
 }  # fmt: skip
 
@@ -90,7 +93,7 @@ def test_each_lambda_keeps_and_judges_the_best_of_the_steps_that_were_validated(
     lists = load_prompts(subject, "", False, "", (2, 2, 3), 0)
 
     def drawn(file, which):
-        said = [p.text for p in lists[which]]
+        said = [p.text for p in lists[which] for _ in range(2)]  # two pictures of a prompt, one after the other
         noise = {"seed": 0, "epoch": -10 - which}
         made = pipe.complete(load_unet(file)[0], text_prompts(said), Sampling(2, 0.0, 3.0), **noise)
         return made, *SubjectReward(pipe.clip, pipe.tokenizer, subject.references)(made, said)
@@ -119,7 +122,9 @@ def test_each_lambda_keeps_and_judges_the_best_of_the_steps_that_were_validated(
             found = [summary[k][name] for k in ("clip_i", "clip_t", "harmonic_0.3")]
             expected = [2 * I.mean() - 1, 2 * T.mean() - 1, harmonic(I, T, 0.3).mean()]
             assert found == pytest.approx([v.item() for v in expected], abs=1e-5)
-            assert torch.allclose(shown[name], made, atol=1e-4)
+            assert torch.allclose(shown[name], made[::2], atol=1e-4)  # the first of each prompt
+            true = train_rpo.true_measures(made, subject, lists[train_rpo.TEST], 2, "true")
+            assert {k: summary[k][name] for k in true} == pytest.approx(true)
     # The two runs differ in what they keep alone: what one calls its best is a column of the other's.
     a, b = summaries[0.5], summaries[0.7]
     for key in ("clip_i", "harmonic_0.5"):
@@ -134,9 +139,10 @@ def by_hand(steps, *, beta, switches, seed=0):
     pipe = Pipeline.load(None)
     subject, _ = load_subject("", "", 0)
     shown = subject.references
-    texts = [p.text for p in load_prompts(subject, "", False, "", (2, 2, 3), seed)[0]]
+    texts = [p.text for p in load_prompts(subject, "", False, "", (2, 2, 3), seed)[0] for _ in range(2)]
+    lam = float(dict(zip(switches, switches[1:])).get("--lam-train", 0.5))
     if "dreambooth" in switches:
-        texts = ["a photo of a circle"] * 2
+        texts = ["a photo of a circle"] * 4
     instance = ["a photo of a [V] circle"] * 2
     generated = pipe.complete(pipe.unet, text_prompts(texts), Sampling(2, 0.0, 3.0), seed=1000 * seed, epoch=-10)
     score = SubjectReward(pipe.clip, pipe.tokenizer, shown)
@@ -153,7 +159,8 @@ def by_hand(steps, *, beta, switches, seed=0):
             others = SubjectReward(pipe.clip, pipe.tokenizer, torch.cat([shown[:i], shown[i + 1 :]]))
             alike.append(others(shown[i : i + 1], said[:1])[0])
         I_gen, T_gen = score(generated[g], said)
-        r_ref, r_gen = 2 / (1 / torch.cat(alike) + 1 / score(shown[r], said)[1]), 2 / (1 / I_gen + 1 / T_gen)
+        T_ref = score(shown[r], said)[1]
+        r_ref, r_gen = (1 / (lam / I + (1 - lam) / T) for I, T in ((torch.cat(alike), T_ref), (I_gen, T_gen)))
         return torch.sigmoid((r_ref - r_gen) / temperature)
 
     for _ in range(steps):
@@ -203,7 +210,7 @@ def by_hand(steps, *, beta, switches, seed=0):
 @pytest.mark.parametrize(
     "switches",
     [
-        (), ("--no-soft-labels",), ("--label-temperature", "0.05"), ("--share-noise",),
+        (), ("--no-soft-labels",), ("--label-temperature", "0.05"), ("--share-noise",), ("--lam-train", "0.2"),
         ("--reference-prompt", "instance"), ("--mode", "preference"), ("--mode", "similarity"),
         ("--mode", "dreambooth"),
     ],
@@ -308,9 +315,12 @@ def test_photos_run_end_to_end_and_say_what_the_encoder_cannot_read(tmp_path, ca
     folder.mkdir()
     for i in range(3):
         Image.new("RGB", (40, 30), (80 * i, 200, 30)).save(folder / f"{i}.jpg")
+    (folder / "3.jpg").write_text("no picture")
     argv = ["--references", str(folder), "--class-name", "cup", "--mean", "arithmetic", "--label-temperature", "0.1"]
     summary = train(tmp_path / "x", *argv, lam_val=0.4)
-    assert "has never seen: " in capsys.readouterr().out and "true_all" not in summary
+    out = capsys.readouterr().out
+    assert "has never seen: " in out and "true_all" not in summary
+    assert re.search(r"^skipped .*3\.jpg: not a readable picture", out, re.M)
     rows = [json.loads(x) for x in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()]
     judged = [r for r in rows if "val_i" in r]
     assert len(judged) == 3  # the arithmetic mean is linear
@@ -398,15 +408,56 @@ def test_sample_places_the_subject_by_a_prompt(run, tmp_path, capsys):
     argv = ["--run", str(run[0]), "--count", "2", "--out", str(tmp_path / "x.png")]
     sample.main([*argv, "--prompt", "a [V] circle on a red background"])
     assert Image.open(tmp_path / "x.png").size[0] > 150 and (tmp_path / "x" / "aligned_01.png").is_file()
-    for prompt, said in (("a circle", "name the subject by [V]"), ("", "say --prompt")):
+    for more, said in ((["--prompt", "a circle"], "name the subject by [V]"), ([], "say --prompt")):
         with pytest.raises(SystemExit) as stop:
-            run_main("minipref", partial(sample.main, [*argv, "--prompt", prompt]))
+            run_main("minipref", partial(sample.main, [*argv, *more]))
         assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
-def counting_encoder(images):
-    """Orthogonal embeddings, one for each place in the batch: a picture is like one of four references."""
-    return torch.eye(4)[torch.arange(len(images)) % 4]
+def test_sample_draws_with_the_kept_weights_as_the_run_did(run, tmp_path):
+    """best.pt, not last.pt; guidance 3, eta 0 and 2 steps are the run's own."""
+    folder, prompt = tmp_path / "run", "a [V] circle on a red background"
+    shutil.copytree(run[0], folder)
+    train(tmp_path / "other", seed=1)
+    shutil.copy(tmp_path / "other" / "last.pt", folder / "best.pt")
+    sample.main(["--run", str(folder), "--prompt", prompt, "--count", "2", "--out", str(tmp_path / "x.png")])
+    pipe, how = Pipeline.load(None), Sampling(2, 0.0, 3.0)
+    best, last = (load_unet(folder / f"{name}.pt")[0] for name in ("best", "last"))
+    for unet, name, apart in ((best, "aligned", False), (last, "aligned", True), (pipe.unet, "base", False)):
+        made = pipe.complete(unet, text_prompts([prompt] * 2), how, seed=0, epoch=0)
+        written = torch.stack([read_image(tmp_path / "x" / f"{name}_{i:02d}.png", None) for i in range(2)])
+        assert torch.allclose(written, made.clamp(0, 1), atol=0.01) != apart
+
+
+def test_every_subject_and_seed_has_noise_of_its_own(tmp_path, monkeypatch):
+    seeds = []
+
+    def complete(self, unet, prompts, how, *, seed, epoch):
+        seeds.append(seed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "complete", complete)
+    for case in ({"subject": 1}, {"subject": 0}, {"seed": 1}, {"seed": 1, "subject": 1}):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / str(len(seeds)), **case)
+    assert len(set(seeds)) == 4
+
+
+def test_the_grid_names_references_rows_and_prompts(tmp_path, monkeypatch):
+    drawn = []
+    true = report.grid
+    monkeypatch.setattr(report, "grid", lambda rows, **more: drawn.append((rows, more)) or true(rows, **more))
+    subject, asked = load_subject("", "", 0)[0], [Placed(f"a [V] circle {i}") for i in range(10)]
+    pictures = {k: torch.rand(10, 3, 32, 32) for k in ("base", "best")}
+    report.rpo_grid(tmp_path / "x.png", subject, asked, pictures)
+    assert [name for name, _ in drawn[0][0]] == ["references"] and drawn[0][1]["title"] == subject.name
+    assert drawn[1][1]["columns"] == [p.text for p in asked[:8]]
+    assert all(name == k and torch.equal(x, pictures[k][:8]) for (name, x), k in zip(drawn[1][0], pictures))
+
+
+def pixel_encoder(images):
+    """The mean colour of a picture."""
+    return images.mean((2, 3))
 
 
 def broken_encoder(images):
@@ -425,10 +476,21 @@ def growing_encoder(images):
     return torch.ones(len(images), len(images))
 
 
-def test_a_further_judge_of_likeness_has_its_row_and_is_tried_first(tmp_path, monkeypatch):
+def test_a_further_judge_of_likeness_has_its_column_and_is_tried_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "my_encoder", sys.modules[__name__])
-    summary = train(tmp_path / "x", image_encoder="my_encoder:counting_encoder")
-    assert summary["further_i"]["base"] == pytest.approx(0.25)
+    grids = []
+    monkeypatch.setattr(train_rpo, "rpo_grid", lambda *a: grids.append(a))
+    summary = train(tmp_path / "x", image_encoder="my_encoder:pixel_encoder", test_images=1)
+    references = load_subject("", "", 0)[0].references
+    for name, made in grids.pop()[3].items():
+        x, y = (torch.nn.functional.normalize(pixel_encoder(v), dim=1) for v in (made, references))
+        assert summary["further_i"][name] == pytest.approx((x @ y.T).mean().item(), abs=1e-5)
+    assert summary["further_i"]["base"] != summary["further_i"]["last"]
+    printed = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[:2] == "| "]
+    columns = [k for k in summary if isinstance(summary[k], dict) and k != "steps"]
+    assert [line[0] for line in printed[1:]] == list(summary["steps"]) and printed[0][-len(columns) :] == columns
+    for name, step, *cells in printed[1:]:
+        assert (step, cells) == (str(summary["steps"][name]), [f"{summary[k][name]:.3f}" for k in columns])
     with pytest.raises(ValueError, match=r"my_encoder:broken_encoder: gave \(\), expected \(4, D\)"):
         train(tmp_path / "y", image_encoder="my_encoder:broken_encoder")
     with pytest.raises(ValueError, match="my_encoder:raising_encoder: raised RuntimeError: mat1 and mat2"):

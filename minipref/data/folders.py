@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+OTHERS = {".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jxl"}  # named, not read
 
 
 def read_image(path: str | Path, size: int | None, ground: str = "white") -> Tensor:
@@ -73,7 +74,11 @@ def read_folder(folder: str | Path, size: int) -> tuple[Tensor, list[Path], list
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of pictures")
     images, files, skipped = [], [], []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+    known = SUFFIXES | OTHERS
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and not p.is_dir()):
+        if path.suffix.lower() in OTHERS:
+            skipped.append(f"{path}: is not read; convert it to one of {', '.join(sorted(SUFFIXES))}")
+            continue
         try:
             images.append(read_image(path, size))
             files.append(path)

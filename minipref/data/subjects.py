@@ -1,4 +1,4 @@
-"""Subjects for RPO: an unnamed instance in a few pictures, and prompts that place it somewhere else.
+"""Subjects for RPO: an unnamed instance in a few pictures, and prompts that place it on a background or beside things.
 
 A toy subject is one thing whose pattern and colours no prompt names: "a [V] square". Pictures of your own come from a
 folder in DreamBench's layout (Ruiz et al. 2023): one folder a subject, 00.jpg, 01.jpg …
@@ -174,8 +174,10 @@ def photo_subject(folder: str | Path, class_name: str) -> tuple[Subject, list[st
         raise ValueError(f"--references {folder}: holds pictures in sub-folders; name the folder of one subject")
     known = classes_file(folder)
     class_name = class_name.strip() or (dreambench_class(known, folder.resolve().name) if known else "")
+    if SUBJECT in class_name or not re.search(r"\w", class_name.replace("_", "")):
+        class_name = ""
     if not class_name:
-        raise ValueError(f"--references {folder}: say what it shows by --class-name, such as dog")
+        raise ValueError(f"--references {folder}: say what it shows by --class-name, a word or two such as dog")
     if len(images) < 2:
         reason = f"; skipped {len(skipped)}, the first: {skipped[0]}" if skipped else ""
         raise ValueError(

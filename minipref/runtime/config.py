@@ -68,6 +68,9 @@ def parse(
         else:
             parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__.upper())
     given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if value == "":  # a shell variable that is not set, most often
+            parser.exit(2, f"{prog}: --{name.replace('_', '-')}: an empty value; leave the flag out\n")
     preset = given.pop("preset", None)
     config = cls(**{**(presets[preset] if preset else {}), **given})
     try:
@@ -83,6 +86,11 @@ def run_main(prog: str, main: Callable[[], None]) -> None:
         main()
     except (ValueError, OSError) as e:
         print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as e:  # torch says of a CPU "can't allocate memory", of a GPU "out of memory"
+        if not (isinstance(e, MemoryError) or "allocate memory" in str(e) or "out of memory" in str(e)):
+            raise
+        print(f"{prog}: out of memory; make --batch, --micro-batch or --prompts smaller", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; every file that was written is whole", file=sys.stderr)
