@@ -89,19 +89,29 @@ KERNEL_FAULTS = [
     ("q_sample", "x_t = tl.load(A + b).to(ACC) * x0", "x_t = tl.load(A).to(ACC) * x0"),
     ("q_sample", "(tl.load(A + b).to(ACC) * g)", "(tl.load(S + b).to(ACC) * g)"),  # swapped gradients
     ("group_norm_act", "tl.where(inside, x - mean, 0.0)", "x - mean"),  # dropped mask
-    ("group_norm_act", "/ count + EPS)", "/ count + 2 * EPS)"),  # wrong eps
-    ("group_norm_act", "/ count + EPS)", "/ count)"),  # no eps
-    ("group_norm_act", "u = a[:, None] * ((x - mean) * rstd) + b[:, None]",
-     "u = b[:, None] * ((x - mean) * rstd) + a[:, None]"),  # swapped scale and shift
-    ("group_norm_act", "mean = tl.sum(tl.sum(total, 1), 0) / count", "mean = tl.sum(tl.sum(total, 1), 0) / P"),
+    ("group_norm_act", "/ count + eps)", "/ count + 2 * eps)"),  # wrong eps
+    ("group_norm_act", "/ count + eps)", "/ count)"),  # no eps
+    ("group_norm_act", "u = a[:, None] * (centred * rstd) + b[:, None]",
+     "u = b[:, None] * (centred * rstd) + a[:, None]"),  # swapped scale and shift
+    ("group_norm_act", "u = a[:, None] * ((x - mean[:, None]) * rstd[:, None]) + b[:, None]",
+     "u = b[:, None] * ((x - mean[:, None]) * rstd[:, None]) + a[:, None]"),
+    ("group_norm_act", "mean = tl.sum(tl.sum(x, 1), 0) / count", "mean = tl.sum(tl.sum(x, 1), 0) / P"),
+    ("group_norm_act", "tl.where(inside, x - mean[:, None], 0.0)", "x - mean[:, None]"),  # dropped mask
+    ("group_norm_act", "total / tl.minimum(BLOCK_P, P - chunk * BLOCK_P)", "total / BLOCK_P"),
+    ("group_norm_act", "at = (n * chunks + chunk) * C + c\n        tl.store(SUM",
+     "at = (n + chunk) * C + c\n        tl.store(SUM"),  # wrong stride
+    ("group_norm_act", "tl.store(DA + at, tl.sum(du * xhat, 1)", "tl.store(DA + at, tl.sum(du, 1)"),
+    ("group_norm_act", "(a[:, None] * du - m1[:, None] - xhat * m2[:, None])", "(a[:, None] * du - m1[:, None])"),
+    ("group_norm_act", "sizes[-1] = pixels - (chunks - 1) * TILE_P", "sizes[-1] = TILE_P"),  # the last tile is smaller
     ("group_norm_act", "m1, m2 = tl.sum(a * db, 0) / count, tl.sum(a * da, 0) / count",
      "m1, m2 = tl.sum(a * db, 0), tl.sum(a * da, 0)"),  # unscaled mean
-    ("group_norm_act", "strides = (x.stride(0), pixels, 1) if x.is_contiguous() else (x.stride(0), 1, x.shape[1])",
-     "strides = (x.stride(0), pixels, 1)"),  # channels_last read as NCHW
+    ("group_norm_act", "return (C * H * W, H * W, 1) if x.is_contiguous() else (C * H * W, 1, C)",
+     "return (C * H * W, H * W, 1)"),  # channels_last read as NCHW
     ("group_norm_act", "(a[:, None] * du - m1 - xhat * m2)", "(a[:, None] * du - xhat * m2)"),
     ("group_norm_act", "(a[:, None] * du - m1 - xhat * m2)", "(a[:, None] * du - m1)"),
     ("group_norm_act", "tl.store(DB + n * C + channel, db", "tl.store(DB + n * C + channel, da"),
-    ("group_norm_act", "sum_dux += du * xhat", "sum_dux += du"),
+    ("group_norm_act", "db, da = tl.sum(du, 1), tl.sum(du * xhat, 1)", "db, da = tl.sum(du, 1), tl.sum(du, 1)"),
+    ("group_norm_act", "du = du * s * (1.0 + u * (1.0 - s))", "du = du * s"),
     ("geglu", "y = value * gate * 0.5 *", "y = gate * gate * 0.5 *"),
     ("geglu", "(below + gate * density)", "below"),
     ("geglu", "tl.store(DH + row * 2 * n + n + i, d_gate", "tl.store(DH + row * 2 * n + i, d_gate"),
@@ -110,9 +120,9 @@ KERNEL_FAULTS = [
     ("ddim_step_logprob", "x_prev = kept.to(ACC)", "x_prev = drawn"),  # scored before it is rounded
     ("ddim_step_logprob", " - tl.log(sigma) - ", " - "),
     ("ddim_step_logprob", "tl.sum(total, 0) / n", "tl.sum(total, 0)"),  # unscaled mean
-    ("ddim_step_logprob", "((1.0 - W) * d)", "(d)"),
+    ("ddim_step_logprob", "((1.0 - w) * d)", "(d)"),
     ("ddim_step_logprob", "(k_eps / (sigma * n))", "(k_eps / n)"),
-    ("ddim_step_logprob", "eps += W * (", "eps += ("),
+    ("ddim_step_logprob", "eps += w * (", "eps += ("),
     ("preference_loss", "base * base - policy * policy", "policy * policy - base * base"),
     ("preference_loss", "margin = (gained_ref - gained_gen) / n", "margin = (gained_ref - gained_gen)"),
     ("preference_loss", "+ (1.0 - y) * pulled)", "+ y * pulled)"),

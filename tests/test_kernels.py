@@ -4,7 +4,9 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import mutate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -454,3 +456,9 @@ except RuntimeError as e:
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU auto may take Triton")
 def test_auto_never_takes_the_interpreter():
     assert not common.use_triton("auto", "x", [torch.zeros(1)], True)
+
+
+@pytest.mark.parametrize("name,old,new", mutate.KERNEL_FAULTS)
+def test_the_faults_that_mutate_injects_have_their_place(name, old, new):
+    text = (Path(K.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    assert text.count(old) == 1 and old != new
