@@ -166,7 +166,7 @@ def main() -> None:
         prompts = training_prompts((epoch - 1) * cfg.prompts, cfg.prompts).repeat_each(cfg.samples)
         groups = torch.arange(cfg.prompts).repeat_interleave(cfg.samples)
         condition = pipe.condition(prompts)
-        path = pipe.sample(policy, prompts, how, cfg.seed, epoch, range(B))
+        path = pipe.sample(policy, prompts, how, cfg.seed, epoch, range(B), condition)
         n = path.latents[0, 0].numel()
 
         # 2. Score: reward, trust weight, advantage within each prompt's group.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .kernels import ddim_step_logprob, q_sample
-from .kernels.common import LARGE, use_triton
+from .kernels.common import large, use_triton
 
 # ------------------------------------------------------------------------------------------------ the schedule
 
@@ -171,7 +171,7 @@ def _coefficients(schedule: Schedule, x_t: Tensor, t: Tensor | int, t_prev: Tens
 
 def _fused(model_output: Tensor, x_t: Tensor) -> bool:
     """Whether the fused kernel takes a step: on CUDA, from a size on."""
-    return use_triton("auto", "ddim_step", [x_t, model_output], x_t.numel() >= LARGE)
+    return use_triton("auto", "ddim_step", [x_t, model_output], large(x_t))
 
 
 def _mean(model_output: Tensor, x_t: Tensor, coefficients: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:

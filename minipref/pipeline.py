@@ -121,13 +121,23 @@ class Pipeline:
         return torch.cat(done)
 
     def sample(
-        self, unet: UNet, prompts: Prompts, how: Sampling, seed: int, epoch: int, indices: Iterable[int]
+        self,
+        unet: UNet,
+        prompts: Prompts,
+        how: Sampling,
+        seed: int,
+        epoch: int,
+        indices: Iterable[int],
+        condition: Condition | None = None,
     ) -> Trajectory:
-        """One rollout of `unet` for a batch of prompts; sample i's noise is that of (seed, epoch, indices[i])."""
+        """One rollout of `unet` for a batch of prompts; sample i's noise is that of (seed, epoch, indices[i]).
+
+        `condition`: that of the prompts, where it is known already.
+        """
         return rollout(
             unet,
             self.schedule,
-            self.condition(prompts),
+            self.condition(prompts) if condition is None else condition,
             shape=self.latent_shape(prompts),
             steps=how.steps,
             eta=how.eta,

@@ -62,11 +62,12 @@ class Waits(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.count = self.sent = 0  # waits, and copies to the device
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function).partition(".")[2].partition(".")[0]
         on_device = any(isinstance(x, torch.Tensor) and x.device.type == "meta" for x in args)
+        self.sent += name == "_to_copy" and not on_device and str((kwargs or {}).get("device")) == "meta"
         back = name == "_to_copy" and str((kwargs or {}).get("device")) == "cpu"
         if on_device and (back or name in ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "item")):
             self.count += 1
@@ -84,6 +85,7 @@ def test_the_sampling_loop_never_waits_for_the_device(guidance, waits):
         unet = UNet(TINY)
         context = torch.empty(2, 5, 12)
         condition = Condition(context, torch.empty(2, 1, 8, 8), torch.empty(2, 4, 8, 8), context.clone())
+    sent = []
     for steps in (2, 6):
         generator = torch.Generator().manual_seed(0)
         with Waits() as seen:
@@ -92,6 +94,8 @@ def test_the_sampling_loop_never_waits_for_the_device(guidance, waits):
                 generator=generator,
             )  # fmt: skip
         assert path.latents.shape == (2, steps + 1, 4, 8, 8) and seen.count == waits
+        sent.append(seen.sent)
+    assert sent[0] == sent[1] > 3  # noise, times and coefficients are sent once, before the first step
 
 
 def test_waiting_is_counted():
@@ -116,6 +120,37 @@ def test_every_kernel_is_timed_against_the_same_computation():
         slopes = [torch.autograd.grad(y, case.inputs, torch.ones_like(y)) for y in (eager, fused)]
         assert all(torch.allclose(p, q, atol=1e-4) for p, q in zip(*slopes))
         assert case.forward_bytes > 0 < case.backward_bytes
+
+
+def test_the_loop_table_divides_what_it_measured(monkeypatch):
+    """Median times of all rounds but the first; each form against the wasteful one, and its own difference."""
+    cfg = bench.BenchConfig(rounds=3, batch=8)
+    seconds = {(False, False, False): 6.0, (True, True, True): 2.0}
+    rounds = []
+
+    def iteration(unet, schedule, condition, noise, saved, **_):
+        form = (saved.one_branch, saved.keep_activations, saved.no_waiting)
+        rounds.append(form)
+        slow = 100.0 if rounds.count(form) == 1 else 1.0  # the first round warms up
+        whole = seconds.get(form, 3.0) * slow
+        off = 0.25 if form == (True, False, False) else 0.0
+        return bench.Outcome([torch.tensor([2.0, 1.0 + off])], whole / 4, 3 * whole / 4)
+
+    monkeypatch.setattr(bench, "iteration", iteration)
+    monkeypatch.setattr(bench, "loop_setting", lambda *a: (torch.nn.Linear(1, 1), None, None, None))
+    rows = [x.strip("| ").split(" | ") for x in bench.loop_table(cfg, torch.device("cpu")).splitlines()[4:]]
+    found = {name: [float(c) for c in cells] for name, *cells in rows}
+    assert found["wasteful"] == [6, pytest.approx(8 / 1.5, abs=0.05), pytest.approx(8 / 4.5, abs=0.05), 1, 0]
+    assert found["all"] == [2, 16, pytest.approx(8 / 1.5, abs=0.05), 3, 0]
+    assert found["one branch"][3:] == [2, 0.12]  # 0.25 of the largest entry, 2, with two digits
+
+
+def test_gradients_are_compared_on_one_scale():
+    """An error in a tiny gradient counts by the largest gradient, one in log-probabilities by theirs."""
+    a = bench.Outcome([torch.ones(2), torch.tensor([4.0]), torch.tensor([1e-9, 2.0])], 0, 0)
+    b = bench.Outcome([torch.ones(2), torch.tensor([4.0]), torch.tensor([3e-9, 2.0])], 0, 0)
+    c = bench.Outcome([torch.ones(2), torch.tensor([4.4]), torch.tensor([1e-9, 2.0])], 0, 0)
+    assert b.difference(a) == pytest.approx(1e-9) and c.difference(a) == pytest.approx(0.1)
 
 
 def test_bench_prints_a_table_with_machine_and_command(capsys, tmp_path):

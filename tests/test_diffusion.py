@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import KINDS, randn, schedule
 
+from minipref import diffusion
 from minipref.diffusion import (
     Schedule,
     ScheduleConfig,
@@ -242,3 +243,44 @@ def test_a_latent_is_rounded_to_its_storage_type_before_it_is_scored(dtype):
     assert x_prev.dtype == dtype and log_prob.dtype == torch.float32
     _, replayed = ddim_step(s, out, x_t, 500, 300, eta=1, x_prev=x_prev)
     assert torch.equal(log_prob, replayed)
+
+
+def test_the_fused_step_is_the_same_step(monkeypatch):
+    """With the fused operation in place (on a CPU its reference runs): draws, scores, gradients, and mean and sigma."""
+    S = schedule()
+    out, x_t, noise = (randn(3, 2, 4, 4, seed=i).float() for i in range(3))
+    t, t_prev = torch.tensor([900, 500, 40]), torch.tensor([800, 300, 20])
+    calls = []
+
+    def both(function):
+        found = []
+        for fused in (False, True):
+            monkeypatch.setattr(diffusion, "_fused", lambda *a, fused=fused: fused)
+            found.append(function())
+        for a, b in zip(*found, strict=True):
+            assert torch.allclose(a, b, atol=1e-5), (a - b).abs().max()
+        return found[1]
+
+    true = diffusion.ddim_step_logprob
+    monkeypatch.setattr(diffusion, "ddim_step_logprob", lambda *a, **k: calls.append(1) or true(*a, **k))
+    x_prev, _ = both(lambda: ddim_step(S, out, x_t, t, t_prev, eta=1.0, noise=noise))
+    both(lambda: ddim_step(S, out, x_t, t, t_prev, eta=0.5, x_prev=x_prev))
+    mean, sigma, log_prob = both(lambda: score_step(S, out, x_t, x_prev, t, t_prev, eta=1.0))
+    assert mean.shape == x_t.shape and sigma.numel() == 3 and log_prob.shape == (3,)
+
+    def slopes():
+        leaf = out.clone().requires_grad_()
+        first = ddim_step(S, leaf, x_t, t, t_prev, eta=1.0, x_prev=x_prev)[1]
+        again = score_step(S, leaf, x_t, x_prev, t, t_prev, eta=1.0)[2]
+        return [*torch.autograd.grad(first.sum(), leaf), *torch.autograd.grad(again.sum(), leaf)]
+
+    assert both(slopes)[0].abs().max() > 1e-3
+    assert len(calls) == 5
+
+    def through_the_latent():  # what the fused form has no gradient for
+        x, model = x_t.clone().requires_grad_(), out.clone().requires_grad_()
+        drawn = ddim_step(S, model, x, t, t_prev, eta=1.0, noise=noise)[0]
+        return torch.autograd.grad(drawn.square().sum(), [x, model])
+
+    both(through_the_latent)
+    assert len(calls) == 5

@@ -349,8 +349,10 @@ def test_operators_keep_pytorchs_rules(name):
         "group_norm_act": [
             (x, a, b, 2, 1e-5, True),
             (x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(), a, b, 2, 1e-5, False),
+            # half-precision pictures with single-precision weights: sums and their gradients are single
+            (x.detach().half().requires_grad_(), *(v.detach().float().requires_grad_() for v in (a, b)), 2, 1e-5, True),
         ],
-        "geglu": [(randn(3, 4).requires_grad_(),)],
+        "geglu": [(randn(3, 4).requires_grad_(),), (randn(3, 4, dtype=torch.float16).requires_grad_(),)],
         "ddim_step_logprob": [
             (u.requires_grad_(), e.requires_grad_(), x_t, k_x, k_eps, sigma, 2.0, x_prev, False, True),
             (u.detach(), None, x_t, k_x, k_eps, sigma, 1.0, noise, True, False),
@@ -453,9 +455,35 @@ except RuntimeError as e:
     assert done.returncode == 0 and done.stdout.strip().startswith(said), done.stderr
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU auto may take Triton")
-def test_auto_never_takes_the_interpreter():
-    assert not common.use_triton("auto", "x", [torch.zeros(1)], True)
+class OnGPU:
+    """Stands for a tensor on a GPU."""
+
+    is_cuda, requires_grad, dtype, device = True, False, torch.float32, torch.device("cuda", 0)
+
+
+def test_auto_takes_triton_on_a_gpu_where_it_pays_and_never_the_interpreter(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
+    monkeypatch.setattr(common, "triton", True)
+    for interpreted in (False, True):
+        monkeypatch.setattr(common, "INTERPRETED", interpreted)
+        for pays in (False, True):
+            assert common.use_triton("auto", "x", [OnGPU()], pays) == (pays and not interpreted)
+        assert not common.use_triton("auto", "x", [torch.zeros(1)], True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (7, 5))
+    assert not common.use_triton("auto", "x", [OnGPU()], True)
+
+
+def test_what_pays_does_not_depend_on_the_batch():
+    """Rollout and replay in smaller batches take the same way. A group that must be split pays later."""
+    pays = sys.modules["minipref.kernels.group_norm_act"].pays
+    sample = torch.empty(1, 64, 32, 32, device="meta")  # 65,536 elements
+    for n in (1, 2, 100):
+        x = sample.expand(n, -1, -1, -1).contiguous()
+        assert common.large(x) and not common.large(x[:, :-1])
+        assert pays(x, 8) and not pays(x[:, :56].contiguous(), 8)
+        spread = x.contiguous(memory_format=torch.channels_last)
+        wide = torch.empty(n, 512, 32, 32, device="meta").contiguous(memory_format=torch.channels_last)
+        assert not pays(spread, 8) and pays(wide, 8)
 
 
 @pytest.mark.parametrize("name,old,new", mutate.KERNEL_FAULTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ if INTERPRETED or torch.version.cuda:  # elsewhere it could not run: importing i
         pass
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
-LARGE = 1 << 20  # elements from which "auto" takes a fused operation: below, launches cost more than the bytes
+LARGE = 1 << 16  # elements of one sample from which "auto" takes a fused operation: a prediction, see `large`
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -45,8 +46,17 @@ def use_triton(
     if impl == "triton" and reason:
         raise RuntimeError(f"{name}: impl='triton' cannot run: {reason}; impl='auto' falls back to PyTorch")
     if impl == "auto":
-        return not reason and pays and tensors[0].is_cuda
+        return not reason and pays and tensors[0].is_cuda and not INTERPRETED
     return True
+
+
+def large(x: Tensor, line: int = LARGE) -> bool:
+    """Whether a sample of x is so large that bytes cost more than launches (batches of about 16 supposed).
+
+    The batch does not count: a rollout and its replay in smaller batches must take the same way, or they would round
+    differently.
+    """
+    return math.prod(x.shape[1:]) >= line
 
 
 def _why_not(tensors: list[Tensor]) -> str:

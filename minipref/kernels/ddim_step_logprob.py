@@ -11,8 +11,8 @@ x_prev is an action: it is scored as a constant and carries no gradient. x_t and
 Passes over a tensor of the latent's size: about 43 forward and 71 backward in PyTorch, a few for each elementary
 operation; fused, 4 reads and 1 write forward (x_prev when it is drawn, d log p/d eps when it is scored and a gradient
 is wanted), 1 read and 1 or 2 writes backward. Latents are small beside what the UNet moves: at Stable Diffusion's size
-this saves 0.3 % of a step, and one program a sample leaves a large GPU half empty. It is here to be read. The sampling
-loop guides in PyTorch and calls this with `eps_cond` None.
+this saves 0.3 % of a step, and one program a sample leaves most of a large GPU idle. It is here to be read. The
+sampling loop guides in PyTorch and calls this with `eps_cond` None.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from .common import LARGE, accumulator, full_dtype, on_device, power_of_two, tl, triton, use_triton
+from .common import accumulator, full_dtype, large, on_device, power_of_two, tl, triton, use_triton
 
 # ------------------------------------------------------------------------------------------------ the specification
 
@@ -60,7 +60,7 @@ if triton is not None:
 
     @triton.jit
     def _forward(
-        U, E, X, GIVEN, OUT, KX, KE, SIGMA, LOGP, D, n,
+        U, E, X, GIVEN, OUT, KX, KE, SIGMA, LOGP, D, n: tl.constexpr,
         w, GUIDED: tl.constexpr, DRAW: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         b = tl.program_id(0).to(tl.int64)
@@ -208,7 +208,7 @@ def ddim_step_logprob(
     constants = k_x, k_eps, sigma
     k_x, k_eps, sigma = (v.to(full_dtype(x_t)).to(x_t.device, non_blocking=True) for v in constants)
     others = [v for v in given.values() if v is not None]
-    if use_triton(impl, "ddim_step_logprob", [x_t, *others], x_t.numel() >= LARGE, constants):
+    if use_triton(impl, "ddim_step_logprob", [x_t, *others], large(x_t), constants):
         keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (eps_uncond, eps_cond))
         known = noise if x_prev is None else x_prev
         assert known is not None

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from .common import LARGE, accumulator, full_dtype, on_device, power_of_two, tl, triton, use_triton
+from .common import accumulator, full_dtype, large, on_device, power_of_two, tl, triton, use_triton
 
 # ------------------------------------------------------------------------------------------------ the specification
 
@@ -109,7 +109,7 @@ def geglu(h: Tensor, *, impl: str = "auto") -> Tensor:
     """h (…, 2n), n values and their n gates -> values·gelu(gates), (…, n)."""
     if h.shape[-1] % 2:
         raise ValueError(f"geglu: the last axis has {h.shape[-1]} entries; expected an even number, values and gates")
-    if use_triton(impl, "geglu", [h], h.numel() >= LARGE):
+    if use_triton(impl, "geglu", [h], large(h)):
         return _geglu(h)
     value, gate = h.chunk(2, dim=-1)
     return value * torch.nn.functional.gelu(gate)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import LARGE, accumulator, full_dtype, on_device, power_of_two, tl, triton, use_triton
+from .common import accumulator, full_dtype, large, on_device, power_of_two, tl, triton, use_triton
 
 # ------------------------------------------------------------------------------------------------ the specification
 
@@ -52,7 +52,7 @@ def preference_loss_reference(
 if triton is not None:
 
     @triton.jit
-    def _squares(P, B, T, b, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    def _squares(P, B, T, b, n: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
         """Sum of (base − target)² − (prediction − target)² of pair b."""
         total = tl.zeros([BLOCK], ACC)
         for start in range(0, n, BLOCK):
@@ -66,7 +66,7 @@ if triton is not None:
 
     @triton.jit
     def _forward(
-        PR, PG, BR, BG, TR, TG, LABEL, TERM, MARGIN, SLOPE, n,
+        PR, PG, BR, BG, TR, TG, LABEL, TERM, MARGIN, SLOPE, n: tl.constexpr,
         beta, ACC: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         b = tl.program_id(0).to(tl.int64)
@@ -179,7 +179,7 @@ def preference_loss_from_predictions(
         shapes = ", ".join(str(tuple(v.shape)) for v in (*tensors, label))
         raise ValueError(f"preference_loss_from_predictions: six shapes must be equal and the label (B,), not {shapes}")
     b_ref, b_gen, t_ref, t_gen, y = (v.detach() for v in (*tensors[2:], label))
-    if use_triton(impl, "preference_loss_from_predictions", tensors, pred_ref.numel() >= LARGE):
+    if use_triton(impl, "preference_loss_from_predictions", tensors, large(pred_ref)):
         loss, margin, _ = _preference_loss(pred_ref, pred_gen, b_ref, b_gen, t_ref, t_gen, y, float(beta))
         return loss, margin
     return preference_loss_reference(pred_ref, pred_gen, b_ref, b_gen, t_ref, t_gen, y, beta)

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .common import LARGE, accumulator, full_dtype, on_device, power_of_two, tl, triton, use_triton
+from .common import accumulator, full_dtype, large, on_device, power_of_two, tl, triton, use_triton
 
 # ------------------------------------------------------------------------------------------------ the specification
 
@@ -113,6 +113,6 @@ def q_sample(x0: Tensor, noise: Tensor, a: Tensor, s: Tensor, *, impl: str = "au
     if x0.shape != noise.shape or a.shape != (len(x0),) or s.shape != (len(x0),):
         shapes = ", ".join(str(tuple(v.shape)) for v in (x0, noise, a, s))
         raise ValueError(f"q_sample: x0, noise, a, s are {shapes}; expected (B, …) twice and (B,) twice")
-    if use_triton(impl, "q_sample", [x0, noise, a, s], x0.numel() >= LARGE, [a, s]):
+    if use_triton(impl, "q_sample", [x0, noise, a, s], large(x0), [a, s]):
         return _q_sample(x0, noise, a, s)
     return q_sample_reference(x0, noise, a, s)
