@@ -157,7 +157,7 @@ def main() -> None:
     meta = {"schedule": asdict(pipe.schedule.config), "base": pipe.fingerprint, "epoch": 0}
     checkpoint.save(run.path / "best.pt", "unet", average.config, kept, meta=meta)
     run.log(epoch=0, **first, seconds=time.time() - started)
-    print(f"{run.path}: reward {first['eval_reward']:.3f} before, on {len(held_out)} held-out prompts")
+    print(f"{run.path}: reward {first['eval_reward']:.3f} before, on {len(held_out)} held-out prompts to watch")
 
     bar = progress(range(1, cfg.epochs + 1), "RL")
     for epoch in bar:
@@ -270,6 +270,7 @@ def main() -> None:
         "win_rate": wins,
         "win_rate_ci": metrics.wilson_interval(wins, len(judged)),
         "judge": "gold" if true else "reward",
+        "win_rate_reward": metrics.win_rate(values[1][:, None], values[0]),
         "kl": float(path_kl(pipe, average, judged.select(slice(0, 64)), how, cfg.seed).mean()),
         "stopped": stopped,
         "judged": "best" if stopped else "last",
@@ -279,8 +280,9 @@ def main() -> None:
     }
     run.write_json("summary.json", summary)
     print(
-        f"{run.path}: reward {summary['reward_before']:.3f} -> {summary['reward_after']:.3f}, "
-        f"WinRate {wins:.3f} by {summary['judge']}"
+        f"{run.path}: on {len(judged)} further prompts the reward went from {summary['reward_before']:.3f} to "
+        f"{summary['reward_after']:.3f}; WinRate {summary['win_rate_reward']:.3f} by it"
+        + (f", {wins:.3f} by gold, the toy raters' preference" if true else "")
     )
     print(f"look at {run.path / 'samples'} and {run.path / 'curves.png'}")
 

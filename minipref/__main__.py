@@ -11,6 +11,7 @@ COMMANDS = {
     "pretrain": "the shipped weights from nothing: CLIP, UNet, reward model",
     "check-data": "what a folder of pictures or ratings holds, and what is wrong where",
     "sample": "complete pictures, base beside aligned",
+    "tutorial": "run a tutorial's code and draw its figures",
     "claims": "what the papers claim, measured again: many runs, one table",
     "bench": "what each kernel and each saving of the loop is worth here",
     "evaluate": "WinRate, rewards, KL and a grid of a run; without one, the base model's text-to-image",

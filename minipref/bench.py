@@ -184,8 +184,8 @@ def loop_table(cfg: BenchConfig, device: torch.device) -> str:
             found[name].append(replace(one, results=[]) if found[name] else one)  # the first keeps its results
     lines = [
         f"One iteration of {cfg.batch} pictures, {cfg.steps} steps, {cfg.train_steps} trained, UNet {cfg.size!r}; "
-        f"medians of {cfg.rounds} rounds in turn. Difference: largest of latents, log-probabilities and gradients from "
-        "the wasteful form's, as a share of the largest entry of each of the three.",
+        f"medians of {cfg.rounds} rounds in turn, and of a round's ratios. Difference: largest of latents, "
+        "log-probabilities and gradients from the wasteful form's, as a share of the largest entry of each.",
         "",
         "| form | s | rollout, pictures/s | update, pictures/s | times the wasteful form | difference |",
         "|---|---|---|---|---|---|",

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ MEASURES = {
 }
 
 
-# The same for the trust weight (PrefPaint Eq. 12); differences are from the first.
+# The same for the trust weight (PrefPaint Eq. 12).
 RL = {"no weighting": "--trust off", "constant": "--trust constant", "exponential": "--trust exponential"}
 RL_MEASURES = {
     "gold_after": "gold",
@@ -226,7 +227,7 @@ def arrival(rows: list[dict], goal: float) -> float:
 
 
 def rl_table(cfg: ClaimsConfig, variants: dict[str, str]) -> str:
-    """Markdown: each variant over the seeds, then its differences from the first one, seed by seed."""
+    """Markdown: each variant over the seeds, then their differences, seed by seed."""
     jobs = [("rl", f"--seed {k} {RL_FLAGS} {flags}") for flags in variants.values() for k in _seeds(cfg)]
     every, n = several(cfg, "train_rl.py", jobs), cfg.seeds
     found = {name: every[i * n : (i + 1) * n] for i, name in enumerate(variants)}
@@ -239,10 +240,10 @@ def rl_table(cfg: ClaimsConfig, variants: dict[str, str]) -> str:
     values = {k: {m: torch.tensor([float(r[m]) for r in runs]) for m in RL_MEASURES} for k, runs in found.items()}
     head = ["| | " + " | ".join(RL_MEASURES.values()) + " |", "|---" * (1 + len(RL_MEASURES)) + "|"]
     lines = head + [f"| {k} | " + " | ".join(map(_cell, v.values())) + " |" for k, v in values.items()]
-    lines += ["", f"Differences from {first}, of the same seeds:", "", *head]
-    for name in list(values)[1:]:
-        apart = [values[name][m] - values[first][m] for m in RL_MEASURES]
-        lines.append(f"| {name} | " + " | ".join(_cell(a, signed=True) for a in apart) + " |")
+    lines += ["", "Differences of the same seeds:", "", *head]
+    for before, name in combinations(values, 2):
+        apart = [values[name][m] - values[before][m] for m in RL_MEASURES]
+        lines.append(f"| {name} − {before} | " + " | ".join(_cell(a, signed=True) for a in apart) + " |")
     return "\n".join(lines)
 
 

@@ -100,6 +100,7 @@ def load_reward(name: str, learned: Callable[[], Reward], clip: Callable[[], tup
 def import_function(flag: str, name: str) -> Callable:
     """The function that "package.module:function" names; the folder that the user stands in counts as importable."""
     module, _, attribute = name.partition(":")
+    module = module.removesuffix(".py")
     if os.getcwd() not in sys.path:  # a script's own folder is on the path, the user's is not
         sys.path.insert(0, os.getcwd())
     try:
@@ -117,7 +118,12 @@ def _weighted_sum(terms: list[str], load: Callable[[str], Reward]) -> Reward:
     for term in terms:
         weight, star, rest = term.partition("*")
         try:
-            factor, inner = (float(weight), rest.strip()) if star else (1.0, term)
+            factor = float(weight) if star else 1.0
+        except ValueError:
+            reason = f"{weight.strip()!r} is no number; join terms by +, as in model+-2*brightness"
+            raise ValueError(f"--reward term {term!r}: {reason}") from None
+        inner = rest.strip() if star else term
+        try:
             parsed.append((factor, CheckedReward(inner, load(inner))))
         except ValueError as e:
             raise ValueError(f"--reward term {term!r}: {e}") from None

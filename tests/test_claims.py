@@ -184,8 +184,10 @@ def test_the_trust_weights_are_compared_seed_by_seed(tmp_path, monkeypatch):
     lines = (tmp_path / "claims.md").read_text().splitlines()
     cells = {tuple(x.split(" | ")[:2])[0].strip("| "): x.split(" | ") for x in lines if x.startswith("| ")}
     # Without weighting 0.9 of the gain is reached at 20 + 20·(0.5/0.6), with it at 20 + 20·(0.1/0.2).
-    assert cells["exponential"][1].startswith("+0.500 (+0.500 to +0.500)")
-    assert cells["exponential"][5].startswith(f"{30 - (20 + 20 * 5 / 6):+.3f}")
+    for pair in ("exponential − no weighting", "exponential − constant"):
+        assert cells[pair][1].startswith("+0.500 (+0.500 to +0.500)")
+        assert cells[pair][5].startswith(f"{30 - (20 + 20 * 5 / 6):+.3f}")
+    assert cells["constant − no weighting"][1].startswith("+0.000 (+0.000 to +0.000)")
     assert cells["no weighting"][1] == "5.500 ± 6.353"  # 12.7062·(√½)/√2
     with pytest.raises(ValueError, match="an interval needs two"):
         claims.main(["--study", "rl", "--seeds", "1", "--out", str(tmp_path)])

@@ -140,6 +140,8 @@ def test_a_weighted_sum_adds_its_terms_and_keeps_the_trust():
     assert torch.allclose(mixed.value, load("clip: red")(x, batch) + 0.5 * R.brightness(x, batch))
     single = load("3*brightness")(x, batch)
     assert torch.allclose(single.value, 3 * R.brightness(x, batch)) and single.trust is None
+    with pytest.raises(ValueError, match=r"'brightness - 2' is no number; join terms by \+"):
+        load("brightness - 2*jpeg_size")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The main job, small enough to run in seconds, and the commands around it, on the shipped weights."""
 
 import json
+import re
 import sys
 import types
 
@@ -24,8 +25,8 @@ def weights(folder):
 def test_a_run_leaves_the_folder_that_its_documentation_promises(run):
     folder, summary = run
     expected = (
-        "reward_before reward_after gold_before gold_after win_rate win_rate_ci judge kl stopped judged "
-        "seconds peak_memory_mb seed"
+        "reward_before reward_after gold_before gold_after win_rate win_rate_ci judge win_rate_reward kl stopped "
+        "judged seconds peak_memory_mb seed"
     )
     assert list(summary) == expected.split() and summary["judge"] == "gold"
     lo, hi = summary["win_rate_ci"]
@@ -125,7 +126,7 @@ def test_a_run_is_read_from_other_folders_than_it_was_started_in(tmp_path, monke
     assert kept == f"0.5*model:{tmp_path / 'here' / 'mine'}+0.5*mymodel:red"  # a module is no path
     monkeypatch.chdir(tmp_path)
     evaluate.main(["--run", str(tmp_path / "run"), "--prompts", "8", "--best-of", "1", "--steps", "2"])
-    assert "WinRate" in capsys.readouterr().out
+    assert re.search(r"WinRate \d\.\d+ by it, \d\.\d+ by gold.*WinRate", capsys.readouterr().out, re.S)
 
 
 def test_trust_and_kl_change_the_update_and_can_be_switched_off(run, tmp_path, monkeypatch):
