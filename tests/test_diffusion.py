@@ -277,10 +277,16 @@ def test_the_fused_step_is_the_same_step(monkeypatch):
     assert both(slopes)[0].abs().max() > 1e-3
     assert len(calls) == 5
 
-    def through_the_latent():  # what the fused form has no gradient for
-        x, model = x_t.clone().requires_grad_(), out.clone().requires_grad_()
-        drawn = ddim_step(S, model, x, t, t_prev, eta=1.0, noise=noise)[0]
-        return torch.autograd.grad(drawn.square().sum(), [x, model])
+    # What the fused form has no gradient for: the latent that is given, and the one that is drawn.
+    def to_the_given():
+        x = x_t.clone().requires_grad_()
+        return torch.autograd.grad(ddim_step(S, out, x, t, t_prev, eta=1.0, x_prev=x_prev)[1].sum(), x)
 
-    both(through_the_latent)
+    def through_the_drawn():
+        model = out.clone().requires_grad_()
+        drawn = ddim_step(S, model, x_t, t, t_prev, eta=1.0, noise=noise)[0]
+        return torch.autograd.grad(drawn.square().sum(), model)
+
+    both(to_the_given)
+    both(through_the_drawn)
     assert len(calls) == 5
