@@ -36,22 +36,10 @@ def wilson_interval(rate: float, count: int, z: float = 1.959964) -> tuple[float
 
 
 # Two-sided 95 % quantiles of Student's t with 1, 2, … degrees of freedom.
-T_QUANTILES: tuple[float, ...] = (
-    12.7062,
-    4.3027,
-    3.1824,
-    2.7764,
-    2.5706,
-    2.4469,
-    2.3646,
-    2.3060,
-    2.2622,
-    2.2281,
-    2.2010,
-    2.1788,
-    2.1604,
-)
-T_QUANTILES += (2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860)
+T_QUANTILES = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+)  # fmt: skip
 
 
 def t_interval(x: Tensor) -> tuple[float, float]:

@@ -130,14 +130,16 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             f"exercise {cfg.exercise}: not yet. {e or 'This check fails'} ({path.name}:{where.lineno})"
         ) from None
-    except (NameError, SyntaxError, TypeError, RuntimeError, AttributeError, IndexError, KeyError) as e:
-        if answer is None:  # ours
-            raise
+    except Exception as e:
         known = {str(path), str(answer)}
         frames = [(f.filename, f.lineno) for f in traceback.extract_tb(e.__traceback__) if f.filename in known]
-        file, line = (e.filename, e.lineno) if isinstance(e, SyntaxError) else frames[-1]
+        if isinstance(e, SyntaxError):
+            frames = [(e.filename or "", e.lineno)]
+        if answer is None or not frames:  # no fault of the reader's lines
+            raise
+        file, line = frames[-1]
         reason = f"{type(e).__name__}: {e}"
         if isinstance(e, NameError) and file == str(path):
             reason = f"your lines must set {e.name!r}"
-        raise ValueError(f"exercise {cfg.exercise}: {Path(file or path).name}:{line}: {reason}") from None
+        raise ValueError(f"exercise {cfg.exercise}: {Path(file).name}:{line}: {reason}") from None
     print(f"exercise {cfg.exercise}: " + ("right" if answer else "our solution passes; try yours by --answer FILE"))

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import train_rl
+import train_rpo
 from minipref import rewards as R
 from minipref.diffusion import Condition, Schedule, ScheduleConfig
 from minipref.models.reward_features import FeatureConfig, RewardFeatures
+from minipref.pipeline import load_unet
 from minipref.runtime.config import run_main
 
 KINDS = ["linear", "scaled_linear", "squaredcos_cap_v2"]  # of noise schedules
@@ -67,3 +69,31 @@ def stops_with(call, message, capsys):
     text = capsys.readouterr().err
     lines = [x for x in text.splitlines() if not re.match(r"[\w ]+: +\d+%\|", x)]
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0], text
+
+
+# A run of train_rpo.py that takes seconds.
+TINY_RPO = {
+    "--steps": 4, "--val-every": 2, "--train-prompts": 2, "--images": 2, "--val-prompts": 2, "--val-images": 2,
+    "--test-prompts": 3, "--test-images": 2, "--sample-steps": 2, "--batch": 2, "--lr": 1e-3, "--beta": 0.02,
+    "--eta": 0, "--guidance": 3,
+}  # fmt: skip
+
+
+def train_rpo_tiny(out, *more, **changes):
+    """Runs train_rpo.py in this process; -> its summary."""
+    flags = {**TINY_RPO, **{"--" + k.replace("_", "-"): v for k, v in changes.items()}}
+    if {"similarity", "dreambooth"} & {*more, changes.get("mode")} and "beta" not in changes:
+        del flags["--beta"]  # belongs to pairs
+    argv = ["train_rpo.py", "--small", "--out", str(out), *more] + [str(x) for pair in flags.items() for x in pair]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        train_rpo.main()
+    return json.loads((out / "summary.json").read_text())
+
+
+def rpo_weights(folder, name="last"):
+    return load_unet(folder / f"{name}.pt")[0].state_dict()
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)

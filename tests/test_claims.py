@@ -75,7 +75,7 @@ def test_the_variants_are_what_they_are_called():
         "labels by the prompt alone": "--lam-train 0", "labels by the subject alone": "--lam-train 1", "RPO": "",
     }.items():  # fmt: skip
         assert claims.RPO[name] == flags
-    for name in claims.RPO.keys() - {n for n in claims.RPO if not n.startswith("beta ")}:
+    for name in [n for n in claims.RPO if n.startswith("beta ")]:
         assert claims.RPO[name] == f"--{name}"
     assert claims.RL == {k: f"--trust {v}" for k, v in (
         ("no weighting", "off"), ("constant", "constant"), ("exponential", "exponential")

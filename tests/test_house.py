@@ -145,7 +145,7 @@ def test_errors_that_a_user_can_mend_are_one_line(capsys):
 
     with pytest.raises(SystemExit) as stop:
         run_main("example.py", lambda: torch.empty(1 << 60))  # more than any machine has
-    assert stop.value.code == 2 and "example.py: out of memory; make --batch" in capsys.readouterr().err
+    assert stop.value.code == 2 and "example.py: out of memory; ask for fewer pictures" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="shape"):  # a fault of ours keeps its traceback
         run_main("example.py", lambda: torch.zeros(2).view(3))
 

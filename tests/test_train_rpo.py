@@ -10,7 +10,9 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import stops_with
+from helpers import rpo_weights as weights
+from helpers import same, stops_with
+from helpers import train_rpo_tiny as train
 from PIL import Image
 
 import train_rpo
@@ -24,32 +26,6 @@ from minipref.pipeline import SHIPPED, Pipeline, Sampling, load_unet
 from minipref.rewards import SubjectReward, harmonic
 from minipref.runtime.config import run_main
 from minipref.runtime.runlog import RunFolder
-
-TINY = {
-    "--steps": 4, "--val-every": 2, "--train-prompts": 2, "--images": 2, "--val-prompts": 2, "--val-images": 2,
-    "--test-prompts": 3, "--test-images": 2, "--sample-steps": 2, "--batch": 2, "--lr": 1e-3, "--beta": 0.02,
-    "--eta": 0, "--guidance": 3,
-}  # fmt: skip
-
-
-def train(out, *more, **changes):
-    """Runs train_rpo.py in this process; -> its summary."""
-    flags = {**TINY, **{"--" + k.replace("_", "-"): v for k, v in changes.items()}}
-    if {"similarity", "dreambooth"} & {*more, changes.get("mode")} and "beta" not in changes:
-        del flags["--beta"]  # belongs to pairs
-    argv = ["train_rpo.py", "--small", "--out", str(out), *more] + [str(x) for pair in flags.items() for x in pair]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        train_rpo.main()
-    return json.loads((out / "summary.json").read_text())
-
-
-def weights(folder, name="last"):
-    return load_unet(folder / f"{name}.pt")[0].state_dict()
-
-
-def same(a, b):
-    return all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="module")
@@ -132,120 +108,6 @@ def test_each_lambda_keeps_and_judges_the_best_of_the_steps_that_were_validated(
         assert b[key]["best 0.7"] == b[key]["best"] == pytest.approx(a[key]["best 0.7"])
         assert a[key]["best 0.3"] == pytest.approx(b[key]["best 0.3"])
         assert len({round(v, 5) for v in a[key].values()}) == 5  # base, last and three lambdas' steps
-
-
-def by_hand(steps, *, beta, switches, seed=0):
-    """The first updates, written out a second time from RPO's equations: policy, rows, mean label of all pairs."""
-    pipe = Pipeline.load(None)
-    subject, _ = load_subject("", "", 0)
-    shown = subject.references
-    texts = [p.text for p in load_prompts(subject, "", False, "", (2, 2, 3), seed)[0] for _ in range(2)]
-    lam = float(dict(zip(switches, switches[1:])).get("--lam-train", 0.5))
-    if "dreambooth" in switches:
-        texts = ["a photo of a circle"] * 4
-    instance = ["a photo of a [V] circle"] * 2
-    generated = pipe.complete(pipe.unet, text_prompts(texts), Sampling(2, 0.0, 3.0), seed=1000 * seed, epoch=-10)
-    score = SubjectReward(pipe.clip, pipe.tokenizer, shown)
-    x_ref, x_gen = pipe.codec.encode(shown), pipe.codec.encode(generated)
-    policy = load_unet(SHIPPED / "unet.pt")[0].to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.01)
-    draws, coins = (torch.Generator().manual_seed(1000 * seed + i * 10**9) for i in range(2))
-    abar, seen = pipe.schedule.abar.float(), []
-
-    def chance(r, g):
-        """Labels: a reference's likeness to the subject is that to the other references, under the same prompt."""
-        temperature, alike, said = (0.05 if "--label-temperature" in switches else 1), [], [texts[i] for i in g]
-        for i in r:
-            others = SubjectReward(pipe.clip, pipe.tokenizer, torch.cat([shown[:i], shown[i + 1 :]]))
-            alike.append(others(shown[i : i + 1], said[:1])[0])
-        I_gen, T_gen = score(generated[g], said)
-        T_ref = score(shown[r], said)[1]
-        r_ref, r_gen = (1 / (lam / I + (1 - lam) / T) for I, T in ((torch.cat(alike), T_ref), (I_gen, T_gen)))
-        return torch.sigmoid((r_ref - r_gen) / temperature)
-
-    for _ in range(steps):
-        r, g = (torch.randint(n, (2,), generator=draws) for n in (len(x_ref), len(x_gen)))
-        ref, gen, sim = (
-            (torch.randint(1000, (2,), generator=draws), torch.randn(2, *x_ref.shape[1:], generator=draws))
-            for _ in range(3)
-        )
-        gen = ref if "--share-noise" in switches else gen
-
-        def error(unet, x, drawn, said):
-            t, noise = drawn
-            a = abar[t][:, None, None, None]
-            x_t, v = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
-            condition = pipe.condition(text_prompts(said))
-            return (unet(condition.unet_input(x_t), t, condition.context) - v).square().mean((1, 2, 3))
-
-        said = [texts[i] for i in g]
-        of_ref = instance if "instance" in switches else said
-        theta_ref, theta_gen = error(policy, x_ref[r], ref, of_ref), error(policy, x_gen[g], gen, said)
-        with torch.no_grad():
-            base_ref, base_gen = error(pipe.unet, x_ref[r], ref, of_ref), error(pipe.unet, x_gen[g], gen, said)
-        margin, y = (base_ref - theta_ref) - (base_gen - theta_gen), chance(r, g)
-        if "--no-soft-labels" in switches:
-            y = torch.bernoulli(y, generator=coins)
-        pulled = beta * margin
-        preference = -(y * torch.log(torch.sigmoid(pulled)) + (1 - y) * torch.log(torch.sigmoid(-pulled))).mean()
-        similarity = theta_ref.mean() if "instance" in switches else error(policy, x_ref[r], sim, instance).mean()
-        parts = {
-            "preference": {"preference": preference},
-            "similarity": {"similarity": similarity},
-            "dreambooth": {"similarity": similarity, "prior": theta_gen.mean()},
-        }.get(switches[1] if switches[:1] == ("--mode",) else "", {"preference": preference, "similarity": similarity})
-        loss = sum(parts.values())
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimiser.step()
-        if "preference" in parts:
-            parts |= {"margin": margin.mean(), "label": y.mean()}
-        seen.append({k: v.item() for k, v in parts.items()} | {"loss": loss.item()})
-    R, G = len(shown), len(texts)
-    every = chance(torch.arange(R).repeat_interleave(G), torch.arange(G).repeat(R))
-    return policy, seen, every.mean().item()
-
-
-@pytest.mark.parametrize(
-    "switches",
-    [
-        (), ("--no-soft-labels",), ("--label-temperature", "0.05"), ("--share-noise",), ("--lam-train", "0.2"),
-        ("--reference-prompt", "instance"), ("--mode", "preference"), ("--mode", "similarity"),
-        ("--mode", "dreambooth"),
-    ],
-)  # fmt: skip
-def test_three_updates_are_those_of_the_papers_equations(tmp_path, switches):
-    """A large beta, so that the preference counts: losses, margins, labels and weights agree with a second writing."""
-    beta = {} if switches[-1:] in (("similarity",), ("dreambooth",)) else {"beta": 50.0}
-    summary = train(tmp_path / "x", *switches, steps=3, **beta)
-    rows = [json.loads(x) for x in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()][1:]
-    policy, seen, label = by_hand(3, beta=50.0, switches=switches)
-    for row, expected in zip(rows, seen, strict=True):
-        found = {k: v for k, v in row.items() if k not in ("step", "grad_norm") and not k.startswith("val_")}
-        assert found == pytest.approx(expected, rel=2e-3, abs=2e-4)
-    start, state = load_unet(SHIPPED / "unet.pt")[0].state_dict(), policy.state_dict()
-    trained = weights(tmp_path / "x")
-    moved = torch.cat([(trained[k] - start[k]).flatten() for k in start])
-    wanted = torch.cat([(state[k] - start[k]).flatten() for k in start])
-    assert torch.nn.functional.cosine_similarity(moved, wanted, dim=0) > 0.98
-    if switches == ("--no-soft-labels",):
-        assert {r["label"] for r in rows} <= {0.0, 0.5, 1.0}
-    assert ("label_mean" in summary) == bool(beta)
-    if beta:
-        assert summary["label_mean"] == pytest.approx(label, abs=1e-4)
-
-
-def test_weight_decay_is_decoupled_from_the_gradient(tmp_path):
-    """One AdamW update with weight decay w: the weights are lr·w times the old ones smaller than without."""
-    train(tmp_path / "with", "--weight-decay", "20", mode="similarity", steps=1, val_every=1)
-    train(tmp_path / "without", "--weight-decay", "0", mode="similarity", steps=1, val_every=1)
-    start, a, b = (
-        load_unet(SHIPPED / "unet.pt")[0].state_dict(),
-        weights(tmp_path / "with"),
-        weights(tmp_path / "without"),
-    )
-    assert all(torch.allclose(b[k] - a[k], 1e-3 * 20 * start[k], atol=1e-6) for k in start)
 
 
 def test_true_measures_are_shares_of_the_pictures_whose_prompts_ask():

@@ -125,6 +125,7 @@ def test_unknown_tutorials_and_exercises_are_one_line(capsys, tmp_path):
     [
         ("x = (1\n", "exercise 1: mine.py:1: SyntaxError: '(' was never closed"),
         ("x = 1\ny = nothing\n", "exercise 1: mine.py:2: NameError: name 'nothing' is not defined"),
+        ("x = 1 / 0\n", "exercise 1: mine.py:1: ZeroDivisionError: division by zero"),
         ("x = 1\n", "exercise 1: 1_x.md:8: your lines must set 'answer'"),
         ("answer = 1\n", "exercise 1: not yet. twice two .1_x.md:8."),
     ],
@@ -169,7 +170,9 @@ def test_the_reward_of_your_own_is_a_function_in_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     import train_rl as script
 
-    assert train_rl(script, tmp_path, "--reward", "myrewards:redness")["win_rate_reward"] >= 0
+    monkeypatch.delitem(sys.modules, "myrewards", raising=False)
+    train_rl(script, tmp_path, "--reward", "myrewards:redness")
+    assert sys.modules["myrewards"].__file__ == str(tmp_path / "myrewards.py")  # the user's folder counts
 
 
 def test_the_algorithm_of_your_own_is_a_short_diff_that_applies_and_runs(tmp_path):

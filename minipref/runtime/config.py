@@ -90,7 +90,10 @@ def run_main(prog: str, main: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError) as e:  # torch says of a CPU "can't allocate memory", of a GPU "out of memory"
         if not (isinstance(e, MemoryError) or "allocate memory" in str(e) or "out of memory" in str(e)):
             raise
-        print(f"{prog}: out of memory; make --batch, --micro-batch or --prompts smaller", file=sys.stderr)
+        print(
+            f"{prog}: out of memory; ask for fewer pictures or prompts at a time (--help lists the flags)",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; every file that was written is whole", file=sys.stderr)
