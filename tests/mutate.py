@@ -30,11 +30,12 @@ TESTS = {  # the tests that know a file best come first
 }
 FILES = list(TESTS)  # the papers
 TESTS |= {
-    f"kernels/{name}.py": ["test_kernels.py"]
+    f"kernels/{name}.py": ["test_kernels.py", "test_kernel_operators.py"]
     for name in ("q_sample", "group_norm_act", "geglu", "ddim_step_logprob", "preference_loss")
 }
 TIMEOUT = 300  # seconds; a mutant that hangs is killed, and so are tests on a machine that is too busy
 DIED = -1
+KERNEL_TESTS = ["tests/test_kernels.py", "tests/test_kernel_operators.py"]
 
 # Mutants that no test can kill, because they change nothing: what their new line contains, and why.
 EXPLAINED = {
@@ -278,7 +279,7 @@ def kernel_faults() -> int:
     """Every listed fault in turn. -> 0 where each makes a test fail."""
     survived = 0
     with package_copy() as folder:
-        if code := outcome(folder, ["tests/test_kernels.py"]):
+        if code := outcome(folder, KERNEL_TESTS):
             print(f"without any fault the tests {'take too long' if code == DIED else 'fail'}; nothing can be said")
             return 2
         for name, old, new in KERNEL_FAULTS:
@@ -287,7 +288,7 @@ def kernel_faults() -> int:
             if text.count(old) != 1:
                 raise ValueError(f"{name}: {text.count(old)} places read {old!r}")
             path.write_text(text.replace(old, new), encoding="utf-8")
-            killed = outcome(folder, ["tests/test_kernels.py"])
+            killed = outcome(folder, KERNEL_TESTS)
             path.write_text(text, encoding="utf-8")
             survived += not killed
             how = {0: "SURVIVED", DIED: "died or hung"}.get(killed, "killed")

@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import mutate
 import numpy as np
 import pytest
 import torch
@@ -350,3 +351,10 @@ def test_a_mask_is_white_in_the_hole_and_as_large_as_its_picture(tmp_path):
     Image.fromarray(mask * 0).save(tmp_path / "m.png")
     with pytest.raises(ValueError, match="no white pixel"):
         folders.read_mask(tmp_path / "m.png", (40, 60), 32)
+
+
+@pytest.mark.parametrize("name,old,new", mutate.KERNEL_FAULTS)
+def test_the_faults_that_mutate_injects_have_their_place(name, old, new):
+    """Not among the kernels' own tests: there it would fail for every fault, and hide whether they notice it."""
+    text = (ROOT / "minipref" / "kernels" / f"{name}.py").read_text(encoding="utf-8")
+    assert text.count(old) == 1 and old != new
