@@ -4,145 +4,176 @@
 
 Completions are rated and written to disk; a feature extractor learns from one part of the prompts, the last layer and V
 are solved for in closed form on a second part, and a third part, never trained on, says how good the result is and how
-far it knows its own error. The whole algorithm stands in `main`.
+far it knows its own error. `main` is the course of it; below it stand its steps: rating, features, last layer.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from minipref.collect import collect
+from minipref import metrics
 from minipref.data import rating_files
-from minipref.data import ratings as R
-from minipref.data.annotator import HIGHEST, LOWEST
-from minipref.data.scenes import SIZE
-from minipref.evaluate import judge_reward, load_run, on_policies
-from minipref.fit_reward import FitConfig, fit
+from minipref.data.ratings import HIGHEST, LOWEST, Ratings, label_norms, lonely, normalise, split_for_fit
+from minipref.figures import gold_sheet, reward_pictures
+from minipref.losses import bradley_terry_loss
+from minipref.models.reward_features import ClipFeatures, RewardFeatures
+from minipref.models.unet import UNet
 from minipref.pipeline import Pipeline, Sampling
-from minipref.report import gold_sheet, reward_pictures
+from minipref.presets import SMALL_FEATURES
+from minipref.reward_model import (
+    Calibration,
+    LearnedReward,
+    features_of,
+    judge_reward,
+    ridge_fit,
+    trust_from_quantiles,
+)
+from minipref.runs import RENAMED, load_run
 from minipref.runtime.config import opt, parse, run_main
-from minipref.runtime.runlog import RunFolder, peak_memory_mb
+from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
+from minipref.toy import raters as toy_raters
+from minipref.toy import world as toy_world
+
+SCRIPT = "train_reward.py"
 
 
 @dataclass(frozen=True)
-class RewardConfig(FitConfig):
+class RewardConfig:
+    preset: str = opt("", "named set of values; flags override it")
+    seed: int = opt(0, "seed of prompts, noise, raters, splits and weights", lo=0, hi=999_999)
     # the ratings
     weights: str = opt("", "folder with unet.pt and clip.pt; empty: the shipped small ones")
     ratings: str = opt("", "folder of ratings of your own; empty: toy completions, rated by simulated raters")
-    score_lo: float = opt(LOWEST, "lowest score of the raters (PrefPaint: 1)")
-    score_hi: float = opt(HIGHEST, "highest score of the raters (PrefPaint: 7)")
-    resume_with: str = opt("", "folder of an RL run whose policy's completions are rated and added: a second round")
-    second_prompts: int = opt(300, "prompts of the second round", lo=8)
+    score_lo: float = opt(LOWEST, "lowest score of the raters", lo=-1e9)
+    score_hi: float = opt(HIGHEST, "highest score of the raters", lo=-1e9)
+    second_round: str = opt("", "folder of an RL run whose policy's completions are rated and added")
+    second_round_prompts: int = opt(300, "prompts of the second round", lo=8)
     out: str = opt("", "run folder; empty: runs/reward-small, or the next free name")
-    prompts: int = opt(1536, "toy prompts that are completed and rated", lo=20)
-    samples: int = opt(3, "completions a prompt, beside two that are widened (PrefPaint: 3)", lo=2)
-    steps: int = opt(6, "DDIM steps of a completion: those of RL", lo=2)
+    prompts: int = opt(12_000, "toy prompts that are completed and rated", lo=20)
+    samples: int = opt(3, "completions a prompt, beside two that are widened", lo=2)
+    sampling_steps: int = opt(50, "DDIM steps of a completion: those of RL", lo=2, hi=1000)
+    # the features
+    features: str = opt("clip", "clip, or conv for pictures of a few pixels", choices=("conv", "clip"))
+    freeze: float = opt(0.7, "share of the CLIP tower's layers that stay as they are", lo=0, hi=1)
+    objective: str = opt(
+        "regression",
+        "what the features learn from: scores, pairs of a prompt, or bins of scores",
+        choices=("regression", "pairs", "bins"),
+    )
+    bins: int = opt(7, "bins of equal share, where the objective is bins", lo=2, hi=50)
+    epochs: int = opt(40, "passes over the first split (the paper does not say)", lo=1)
+    batch_size: int = opt(5, "rated pictures a batch", lo=2)
+    lr: float = opt(1e-5, "peak learning rate of AdamW (toy: 1.5e-3 for conv, 5e-4 for clip)", lo=0)
+    dim: int = opt(256, "d, length of the feature z", lo=1, hi=65_536)
+    # the last layer, its bound and its trust
+    lam: float = opt(0.01, "lam, ridge penalty of the last layer", lo=1e-9)
+    delta: float = opt(0.05, "delta: every bound holds with probability 1 - delta", lo=1e-9, hi=1 - 1e-9)
+    noise_scale: float = opt(0.0, "s, noise of a label that the bound assumes; 0: the larger of two estimates", lo=0)
+    psi_norm: float = opt(0.0, "norm of the true last layer that the bound assumes; 0: that of the fitted one", lo=0)
+    trust: str = opt(
+        "paper",
+        "gamma: paper (k 0.05, b 0.7, its own norm), or quantiles (1 at the training norms' median, 1/2 at 95 %)",
+        choices=("quantiles", "paper"),
+    )
+    trust_lo: float = opt(1.0, "lowest gamma (the released code's)", lo=0)
+    trust_hi: float = opt(2.21, "highest gamma (the released code's)", lo=0)
+    # further tables and pictures
     compare: bool = opt(False, "also fit every kind of features and objective on these ratings and write a table")
     policies: str = opt("", "RL runs whose trust weights are drawn beside the base model's: RUN,RUN")
     device: str = opt("cpu", "cpu, cuda or mps")
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
 
-PRESETS: dict[str, dict] = {"small": {}}
-
-
+# The defaults are PrefPaint's values; a preset is the table of its deviations from them.
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {  # the toy world on a CPU, in minutes
+        "prompts": 1536,
+        "sampling_steps": 6,
+        "features": "conv",  # CLIP normalises, and loses texture at a few pixels
+        "batch_size": 32,
+        "lr": 1.5e-3,
+        "dim": 64,
+        "trust": "quantiles",  # the paper's constants belong to the scale of its own norm
+        "trust_lo": 0.0,
+        "trust_hi": 1e9,
+    }
+}
 RIVALS: dict[str, dict[str, Any]] = {
-    "convolutional, scores": {"features": "conv", "objective": "regression"},
-    "convolutional, pairs": {"features": "conv", "objective": "pairs"},
-    "convolutional, bins": {"features": "conv", "objective": "bins"},
-    "CLIP frozen, scores": {"features": "clip", "objective": "regression", "freeze": 1.0},
-    "CLIP 0.7 frozen, scores": {"features": "clip", "objective": "regression", "freeze": 0.7},
-    "CLIP free, scores": {"features": "clip", "objective": "regression", "freeze": 0.0},
+    "convolutional, scores": {"features": "conv", "objective": "regression", "lr": 1.5e-3},
+    "convolutional, pairs": {"features": "conv", "objective": "pairs", "lr": 1.5e-3},
+    "convolutional, bins": {"features": "conv", "objective": "bins", "lr": 1.5e-3},
+    "CLIP frozen, scores": {"features": "clip", "objective": "regression", "freeze": 1.0, "lr": 5e-4},
+    "CLIP 0.7 frozen, scores": {"features": "clip", "objective": "regression", "freeze": 0.7, "lr": 5e-4},
+    "CLIP free, scores": {"features": "clip", "objective": "regression", "freeze": 0.0, "lr": 5e-4},
 }
 COMPARED = ("pair_accuracy", "within_prompt_correlation", "spearman", "r2")
-
-
-def compare(split: dict[str, R.Ratings], cfg: RewardConfig, pipe: Pipeline, path: Path) -> str:
-    """Every kind of features and objective on the same ratings; the last layer is the same ridge for all."""
-    lines = ["| features, objective | " + " | ".join(COMPARED) + " | seconds |", "|---" * (len(COMPARED) + 2) + "|"]
-    for name, changes in RIVALS.items():
-        start = time.time()
-        _, _, figures = fit(split, replace(cfg, lr=0.0, **changes), pipe)
-        cells = [f"{figures[k]:.3f}" for k in COMPARED]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {time.time() - start:.0f} |")
-    text = "\n".join(lines) + "\n"
-    path.write_text(text, encoding="utf-8")
-    return text
-
-
-def read(folder: str | Path, cfg: RewardConfig) -> tuple[R.Ratings, list[str], dict[str, R.Ratings]]:
-    """All usable ratings, what was left out and why, and the three splits."""
-    low, high = (cfg.score_lo, cfg.score_hi) if cfg.ratings else (LOWEST, HIGHEST)
-    rated, problems = rating_files.load(folder, SIZE, low, high)
-    return rated, problems, R.split_for_fit(rated, cfg.seed, cfg.dim, cfg.objective == "pairs")
+ON_POLICY = ("mean_error_on_scale", "spearman", "within_prompt_correlation")
 
 
 def main() -> None:
-    cfg = parse(RewardConfig, None, prog="train_reward.py", description=__doc__ or "", presets=PRESETS)
+    cfg = parse(RewardConfig, None, prog=SCRIPT, description=__doc__ or "", presets=PRESETS, renamed=RENAMED[SCRIPT])
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.trust_lo > cfg.trust_hi:
         raise ValueError(f"--trust-lo {cfg.trust_lo:g} --trust-hi {cfg.trust_hi:g}: the first must not be larger")
     started = time.time()
     pipe = Pipeline.load(cfg.weights, cfg.device)
-    names = [n for n in f"{cfg.policies},{cfg.resume_with}".split(",") if n]
+    names = [n for n in f"{cfg.policies},{cfg.second_round}".split(",") if n]
     runs = {name: load_run(name, "", cfg.device) for name in names}
     if cfg.ratings:  # what cannot be learned from is refused before anything is written
-        rated, problems, split = read(cfg.ratings, cfg)
-        if cfg.resume_with and rated.truth is None:
-            raise ValueError("--resume-with: simulated raters can add to ratings of toy scenes only")
-    if cfg.resume_with and runs[cfg.resume_with][0]["data"]:
-        raise ValueError(f"--resume-with {cfg.resume_with}: was aligned on pictures; the raters know toy scenes only")
-    run = RunFolder(cfg.out, "runs/reward-small", asdict(cfg))
+        rated, problems = read(cfg.ratings, cfg, pipe)
+        split = split_for_fit(rated, cfg.seed, cfg.dim, cfg.objective == "pairs")
+        if cfg.second_round and rated.prompts.truth is None:
+            raise ValueError("--second-round: simulated raters can add to ratings of toy scenes only")
+    if cfg.second_round and runs[cfg.second_round][0]["data"]:
+        raise ValueError(f"--second-round {cfg.second_round}: was aligned on pictures; the raters know toy scenes only")
+    run = RunFolder(cfg.out, f"runs/reward-{cfg.preset}", asdict(cfg), SCRIPT)
 
-    # 1. Ratings: yours, or completions of the base model, rated and written to disk, then read back like yours.
-    how, folder = Sampling(cfg.steps), cfg.ratings or run.path / "ratings"
+    # 1. Rate: yours, or completions of the base model, rated and written to disk, then read back like yours.
+    sampling, folder = Sampling(cfg.sampling_steps), cfg.ratings or run.path / "ratings"
     if not cfg.ratings:
-        collect(folder, pipe, pipe.unet, seed=cfg.seed, start=0, prompts=cfg.prompts, samples=cfg.samples, how=how)
-        rated, problems, split = read(folder, cfg)
-    for line in problems[:5]:
-        print(f"left out: {line}")
-    print(f"{len(rated)} rated pictures of {len(rated.groups.unique())} prompts; {len(problems)} left out")
-    if problems:
-        print("python -m minipref check-data lists all that is wrong")
-    if alone := R.lonely(rated.groups):
-        print(f"{alone} prompts have a single rated picture: nothing says which completion of them is better")
+        rate(folder, pipe, pipe.unet, sampling, cfg, start=0, count=cfg.prompts)
+        rated, problems = read(folder, cfg, pipe)
+        split = split_for_fit(rated, cfg.seed, cfg.dim, cfg.objective == "pairs")
+    describe(rated, problems)
 
-    # 2. Features, last layer, bound.
-    model, judged, figures = fit(split, cfg, pipe, run.log)
+    # 2. Features on the first split, last layer and V on the second, in closed form (Eqs. 3-4), judged on the third.
+    model, noise = fit(split, cfg, pipe, run.log)
+    judged = judge_reward(model, split["judge"], gold_labels(split["judge"]), cfg.delta)
+    figures = judged.figures | noise
 
     # 3. A second round: completions of an aligned policy are rated and added; the error on it before and after.
-    if cfg.resume_with:
-        config, own, policy = runs[cfg.resume_with]
-        collect(
-            run.path / "ratings-second",
-            own,
-            policy,
-            seed=cfg.seed,
-            start=next_number(folder),
-            prompts=cfg.second_prompts,
-            samples=cfg.samples,
-            how=Sampling(config["steps"], config["eta"]),
-            widened=False,
-        )
+    if cfg.second_round:
+        config, own, policy = runs[cfg.second_round]
+        of_run, first = Sampling(config["sampling_steps"], config["eta"]), next_number(folder)
+        second = run.path / "ratings-second"
+        rate(second, own, policy, of_run, cfg, start=first, count=cfg.second_round_prompts, widened=False)
         earlier = len(rated)
-        rated, problems, split = read(f"{folder},{run.path / 'ratings-second'}", cfg)
-        third = split["calibration"]  # judged on prompts of the new round that neither fit has seen
-        new = third.select(~torch.isin(third.groups, rated.groups[:earlier]))
-        before = judge_reward(model, new, cfg.delta).figures
-        model, judged, figures = fit(split, cfg, pipe, run.log)
-        after = judge_reward(model, new, cfg.delta).figures
+        rated, problems = read(f"{folder},{second}", cfg, pipe)
+        split = split_for_fit(rated, cfg.seed, cfg.dim, cfg.objective == "pairs")
+        # Judged on prompts of the new round that neither fit has seen.
+        new = split["judge"].select(~torch.isin(split["judge"].groups, rated.groups[:earlier]))
+        before = judge_reward(model, new, gold_labels(new), cfg.delta).figures
+        model, noise = fit(split, cfg, pipe, run.log)
+        judged = judge_reward(model, split["judge"], gold_labels(split["judge"]), cfg.delta)
+        after = judge_reward(model, new, gold_labels(new), cfg.delta).figures
+        figures = judged.figures | noise
         figures |= {f"policy_{k}_{when}": f[k] for k in ON_POLICY for when, f in (("before", before), ("after", after))}
         print("\n".join(f"on the policy, {k}: {before[k]:.3f} -> {after[k]:.3f}" for k in ON_POLICY))
 
-    kind, gammas = "ratings" if rated.truth is None else "gold", dict[str, torch.Tensor]()
+    # 4. Save, and say what the bound promises and what it rests on.
+    kind, gammas = "ratings" if rated.prompts.truth is None else "gold", dict[str, Tensor]()
     if kind == "gold" or runs:
-        gammas, across = on_policies({k: v[2] for k, v in runs.items()}, pipe, model, how, cfg.seed)
+        gammas, across = trust_of_policies({k: v[2] for k, v in runs.items()}, pipe, model, sampling, cfg.seed)
         figures |= {"norm_error_spearman_of_policies": across} if runs else {}
     summary = figures | {
         "delta": cfg.delta,
@@ -155,30 +186,56 @@ def main() -> None:
     }
     model.save(run.path / "reward.pt", {"seed": cfg.seed, **figures})
     run.write_json("summary.json", summary)
-
-    # 4. Pictures, and where asked for, the rivals on the same ratings.
-    reward_pictures(run.path, model, split["calibration"], judged, kind, cfg.delta, gammas)
-    if rated.truth is not None:
-        gold_sheet(run.path / "gold_sheet.png", rated.images, rated.truth)
-    print(
-        f"Spearman {summary['spearman']:.3f}, within a prompt {summary['within_prompt_correlation']:.3f}, R² "
-        f"{summary['r2']:.3f} against {kind}, on prompts never trained on"
-    )
-    print(
-        f"bound: with probability {1 - cfg.delta:g} every prediction is within {model.bound_factor(cfg.delta):.2f}·‖z‖ "
-        f"of zᵀpsi_*; {model.assumptions()}"
-    )
-    print(
-        f"noise {figures['noise_scale_raters']:.3f} by raters, {figures['noise_scale_residual']:.3f} by residuals. "
-        f"Against {kind}: {summary['bound_coverage']:.1%} of the errors lie under the bound, "
-        f"median error {summary['error_median']:.3f}, median bound {summary['bound_median']:.2f}"
-    )
+    reward_pictures(run.path, model, split["judge"], judged, kind, cfg.delta, gammas)
+    if (gold := gold_labels(rated)) is not None:
+        gold_sheet(run.path / "gold_sheet.png", rated.images, gold)
+    print(conclusion(summary, model, cfg.delta))
     if cfg.compare:
         print(compare(split, cfg, pipe, run.path / "comparison.md"))
     print(f"look at {run.path / 'bound.png'} and {run.path / 'trust.png'}; use it: --reward model:{run.path}")
 
 
-ON_POLICY = ("mean_error_on_scale", "spearman", "within_prompt_correlation")
+# ------------------------------------------------------------------------------------------------ 1. ratings
+
+
+def rate(
+    folder: str | Path,
+    pipe: Pipeline,
+    unet: UNet,
+    sampling: Sampling,
+    cfg: RewardConfig,
+    *,
+    start: int,
+    count: int,
+    widened: bool = True,
+) -> None:
+    """`unet` completes toy prompts number `start` …, simulated raters score them, `folder` keeps it all."""
+    prompts = toy_world.prompt_source("rating", cfg.seed, pipe.image_size)(start, count)
+    images = pipe.complete(
+        unet, prompts.repeat_each(cfg.samples), sampling, seed=cfg.seed, stream="sample", first=start * cfg.samples
+    )
+    toy_raters.rate_completions(folder, prompts, images, seed=cfg.seed, start=start, widened=widened)
+
+
+def read(folder: str | Path, cfg: RewardConfig, pipe: Pipeline) -> tuple[Ratings, list[str]]:
+    """All usable ratings, and what was left out and why."""
+    low, high = (cfg.score_lo, cfg.score_hi) if cfg.ratings else (LOWEST, HIGHEST)
+    return rating_files.load(folder, pipe.image_size, low, high, truth=toy_world.shown_scene)
+
+
+def describe(rated: Ratings, problems: list[str]) -> None:
+    for line in problems[:5]:
+        print(f"left out: {line}")
+    print(f"{len(rated)} rated pictures of {len(rated.groups.unique())} prompts; {len(problems)} left out")
+    if problems:
+        print("python -m minipref check-data lists all that is wrong")
+    if alone := lonely(rated.groups):
+        print(f"{alone} prompts have a single rated picture: nothing says which completion of them is better")
+
+
+def gold_labels(rated: Ratings) -> Tensor | None:
+    """The noise-free labels (N,) of toy pictures: to judge by, never to train on. None where nobody knows them."""
+    return toy_raters.gold_labels(rated)
 
 
 def next_number(folder: str | Path) -> int:
@@ -186,5 +243,147 @@ def next_number(folder: str | Path) -> int:
     return max([500_000, *(1 + row.scene[1] for row in rating_files.scan(folder)[0] if row.scene)])
 
 
+# ------------------------------------------------------------------------------------------------ 2. fitting
+
+
+def new_features(cfg: RewardConfig, pipe: Pipeline) -> nn.Module:
+    torch.manual_seed(cfg.seed)
+    if cfg.features == "conv":
+        return RewardFeatures(replace(SMALL_FEATURES, dim=cfg.dim))
+    return ClipFeatures.start_from(copy.deepcopy(pipe.clip).cpu(), cfg.dim, cfg.freeze)
+
+
+def fit_features(
+    features: Any, r: Ratings, y: Tensor, cfg: RewardConfig, log: Callable = lambda **row: None
+) -> nn.Module:
+    """Trains the extractor, on the CPU, on normalised labels y (N,) of one split. Its last layer is thrown away."""
+    dim, bins = features.config.dim, cfg.bins if cfg.objective == "bins" else 1
+    torch.manual_seed(cfg.seed)
+    last = nn.Linear(dim, bins, bias=bins > 1)
+    edges = y.double().quantile(torch.linspace(0, 1, cfg.bins + 1, dtype=torch.float64)[1:-1]).float()
+    trained = [p for p in [*features.parameters(), *last.parameters()] if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.01, fused=True)
+    masked, masks = r.prompts.masked, r.prompts.masks
+    per_epoch = -(-len(y) // cfg.batch_size)
+    for epoch in progress(range(cfg.epochs), "reward features"):
+        order = torch.randperm(len(y))
+        if cfg.objective == "pairs":  # pictures of one prompt stay together
+            order = torch.argsort(torch.randperm(int(r.groups.max()) + 1)[r.groups], stable=True)
+        losses = []
+        features.train()
+        for k, at in enumerate(order.split(cfg.batch_size)):
+            done = (epoch * per_epoch + k) / (cfg.epochs * per_epoch)
+            warm = min(1.0, (epoch * per_epoch + k + 1) / 50)
+            optimiser.param_groups[0]["lr"] = cfg.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
+            turned = (lambda x: x.flip(-1)) if (epoch + k) % 2 else (lambda x: x)  # mirrored every other time
+            guess = last(features(*(turned(x[at]) for x in (r.images, masked, masks))))
+            if cfg.objective == "regression":
+                loss = (guess[:, 0] - y[at]).square().mean()
+            elif cfg.objective == "pairs":
+                loss = bradley_terry_loss(guess[:, 0], y[at], r.groups[at])
+            else:
+                loss = nn.functional.cross_entropy(guess, torch.bucketize(y[at], edges))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        log(epoch=epoch + 1, loss=sum(losses) / len(losses))
+    with torch.no_grad():  # as they will be stored, so that what is judged is what is saved
+        for x in [*features.parameters(), *features.buffers()]:
+            x.copy_(x.half())
+    return features.eval()
+
+
+def solve(features: Any, r: Ratings, norms: dict, cfg: RewardConfig) -> tuple[LearnedReward, dict[str, float]]:
+    """Last layer and V in closed form on a split that the features have not seen, so that Eqs. 3-10 apply.
+
+    Returns the model and two estimates of the noise scale: from raters who rated the same picture, and from the
+    residuals, which also hold what no linear layer explains. The bound assumes the larger, unless told otherwise.
+    """
+    y, z = normalise(r.labels, r.strata, norms), features_of(features, r.images, r.prompts)
+    ridge = ridge_fit(z, y, cfg.lam)
+    # A label is the mean of its raters: its noise is theirs over the root of their number, in normalised units.
+    spread = torch.tensor([norms.get(s, norms[""])[1] for s in r.strata], dtype=torch.float64)
+    raters = (~r.raters.isnan()).sum(1).double()
+    repeated = float((r.noise_scale() / spread / raters.sqrt()).square().mean().sqrt())
+    noise = {"noise_scale_raters": repeated, "noise_scale_residual": ridge.noise_from_residuals(z, y)}
+    kind = "theorem" if cfg.trust == "quantiles" else "paper"
+    norm = ridge.left_out_norm(ridge.norm(z))
+    k, b = trust_from_quantiles(norm) if cfg.trust == "quantiles" else (0.05, 0.7)
+    calibration = Calibration(
+        k,
+        b,
+        cfg.trust_lo,
+        cfg.trust_hi,
+        kind,
+        {str(q): float(norm.quantile(q)) for q in (0.05, 0.5, 0.95, 0.99)},
+        norms,
+        cfg.noise_scale or max(x for x in noise.values() if math.isfinite(x)),
+        cfg.psi_norm or float(ridge.psi.norm()),
+    )
+    return LearnedReward(features, ridge, calibration), noise
+
+
+def fit(
+    split: dict[str, Ratings], cfg: RewardConfig, pipe: Pipeline, log: Callable = lambda **row: None
+) -> tuple[LearnedReward, dict[str, float]]:
+    """Features on the first split, last layer and V on the second. -> the model, and what its bound assumes."""
+    first = split["features"]
+    norms = label_norms(first)
+    features = fit_features(new_features(cfg, pipe), first, normalise(first.labels, first.strata, norms), cfg, log)
+    model, noise = solve(features, split["ridge"], norms, cfg)
+    c = model.calibration
+    return model, noise | {"noise_scale": c.noise_scale, "psi_norm": c.psi_norm}
+
+
+# ------------------------------------------------------------------------------------------------ 4. what it is worth
+
+
+def trust_of_policies(
+    unets: dict[str, UNet], pipe: Pipeline, model: LearnedReward, sampling: Sampling, seed: int
+) -> tuple[dict[str, Tensor], float]:
+    """On completions of held-out toy prompts by the base model and by each run's policy: gamma (N,), and the Spearman
+    correlation of norm and error against gold over all of them: does the norm tell where the reward is wrong?"""
+    prompts = toy_world.prompt_source("held out", seed, pipe.image_size)(0, 128)
+    short = ["base", *(Path(k).name for k in unets)]  # a name of its own for each, the whole path where need be
+    policies = {"base": pipe.unet} | {n if short.count(n) == 1 else k: unets[k] for n, k in zip(short[1:], unets)}
+    gammas, norms, errors = dict[str, Tensor](), [], []
+    for name, unet in policies.items():
+        images = pipe.complete(unet, prompts, sampling, seed=seed, stream="policies")
+        scores, gold = model(images, prompts), toy_raters.gold_reward(images, prompts).double()
+        y = normalise(gold, [f"toy/{k}" for k in prompts.kinds], model.calibration.label_norms)
+        gammas[name] = scores.trust if scores.trust is not None else torch.ones(len(images))
+        norms.append(scores.parts["norm"])
+        errors.append((scores.value - y).abs())
+    return gammas, metrics.spearman(torch.cat(norms), torch.cat(errors))
+
+
+def conclusion(s: dict, model: LearnedReward, delta: float) -> str:
+    """How good the model is, and what its bound promises, in words."""
+    return (
+        f"Spearman {s['spearman']:.3f}, within a prompt {s['within_prompt_correlation']:.3f}, R² {s['r2']:.3f} against "
+        f"{s['judge']}, on prompts never trained on\n"
+        f"bound: with probability {1 - delta:g} every prediction is within {model.bound_factor(delta):.2f}·‖z‖ of "
+        f"zᵀpsi_*; {model.assumptions()}\n"
+        f"noise {s['noise_scale_raters']:.3f} by raters, {s['noise_scale_residual']:.3f} by residuals. Against "
+        f"{s['judge']}: {s['bound_coverage']:.1%} of the errors lie under the bound, median error "
+        f"{s['error_median']:.3f}, median bound {s['bound_median']:.2f}"
+    )
+
+
+def compare(split: dict[str, Ratings], cfg: RewardConfig, pipe: Pipeline, path: Path) -> str:
+    """Every kind of features and objective on the same ratings; the last layer is the same ridge for all."""
+    lines = ["| features, objective | " + " | ".join(COMPARED) + " | seconds |", "|---" * (len(COMPARED) + 2) + "|"]
+    for name, changes in RIVALS.items():
+        start = time.time()
+        model, _ = fit(split, replace(cfg, **changes), pipe)
+        figures = judge_reward(model, split["judge"], gold_labels(split["judge"]), cfg.delta).figures
+        cells = [f"{figures[k]:.3f}" for k in COMPARED]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {time.time() - start:.0f} |")
+    text = "\n".join(lines) + "\n"
+    path.write_text(text, encoding="utf-8")
+    return text
+
+
 if __name__ == "__main__":
-    run_main("train_reward.py", main)
+    run_main(SCRIPT, main)

@@ -1,0 +1,3 @@
+"""Preference alignment of diffusion models, from scratch: PrefPaint and RPO."""
+
+__version__ = "0.2.0"

@@ -8,14 +8,13 @@ from importlib import import_module
 from .runtime.config import run_main
 
 COMMANDS = {
-    "pretrain": "the shipped weights from nothing: CLIP, UNet, reward model",
+    "pretrain": "weights from nothing: CLIP, UNet",
     "check-data": "what a folder of pictures or ratings holds, and what is wrong where",
     "sample": "complete pictures, base beside aligned",
-    "tutorial": "run a tutorial's code and draw its figures",
-    "claims": "what the papers claim, measured again: many runs, one table",
     "bench": "what each kernel and each saving of the loop is worth here",
     "evaluate": "WinRate, rewards, KL and a grid of a run; without one, the base model's text-to-image",
 }
+MOVED = {"tutorial": "python tutorials/run.py NUMBER", "claims": "python tutorials/claims.py"}
 
 
 def main() -> None:
@@ -24,9 +23,11 @@ def main() -> None:
         print("usage: python -m minipref COMMAND [--help]\n")
         print("\n".join(f"  {k:11s} {v}" for k, v in COMMANDS.items()))
         return
+    if name in MOVED:
+        raise ValueError(f"{name}: now {MOVED[name]}, in a clone of the project")
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}; choose from {', '.join(COMMANDS)}")
-    import_module(f"minipref.{name.replace('-', '_')}").main(sys.argv[2:])
+    import_module(f"minipref.commands.{name.replace('-', '_')}").main(sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .kernels import ddim_step_logprob, q_sample
-from .kernels.common import large, use_triton
+from .kernels.ddim_step_logprob import gaussian_log_prob as gaussian_log_prob  # the log-probability of a step
+from .kernels.ddim_step_logprob import step_gaussian
 
 # ------------------------------------------------------------------------------------------------ the schedule
 
@@ -125,11 +126,6 @@ def _vector(values: Tensor, like: Tensor) -> Tensor:
     return values.to(dtype).to(like.device, non_blocking=True)
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """The same, (B, 1, 1, 1)."""
-    return _vector(values, like)[:, None, None, None]
-
-
 def _times(t: Tensor | int, batch: int) -> Tensor:
     return torch.as_tensor(t, dtype=torch.int64).cpu().expand(batch)
 
@@ -147,19 +143,11 @@ def target(schedule: Schedule, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     if schedule.config.prediction_type == "epsilon":
         return noise
     a = schedule.abar_at(_times(t, len(x_0)))
-    return _column(a.sqrt(), x_0) * noise - _column((1 - a).sqrt(), x_0) * x_0
+    sqrt_a, sqrt_rest = (_vector(v, x_0)[:, None, None, None] for v in (a.sqrt(), (1 - a).sqrt()))
+    return sqrt_a * noise - sqrt_rest * x_0
 
 
 # ------------------------------------------------------------------------------------------------ one step
-
-
-def ddim_mean(
-    schedule: Schedule, model_output: Tensor, x_t: Tensor, t: Tensor | int, t_prev: Tensor | int, *, eta: float
-) -> tuple[Tensor, Tensor]:
-    """Mean (B, C, H, W) and sigma (B, 1, 1, 1) of the step t → t_prev, fp32 (PrefPaint Eq. 2)."""
-    if model_output.shape != x_t.shape:
-        raise ValueError(f"ddim: model_output is {tuple(model_output.shape)} but x_t is {tuple(x_t.shape)}")
-    return _mean(model_output, x_t, _coefficients(schedule, x_t, t, t_prev, eta))
 
 
 def _coefficients(schedule: Schedule, x_t: Tensor, t: Tensor | int, t_prev: Tensor | int, eta: float):
@@ -167,29 +155,6 @@ def _coefficients(schedule: Schedule, x_t: Tensor, t: Tensor | int, t_prev: Tens
     B = len(x_t)
     k_x, k_out, sigma = schedule.coefficients(_times(t, B), _times(t_prev, B), eta)
     return _vector(k_x, x_t), _vector(k_out, x_t), _vector(sigma, x_t)
-
-
-def _fused(model_output: Tensor, x_t: Tensor) -> bool:
-    """Whether the fused kernel takes a step: on CUDA, from a size on."""
-    return use_triton("auto", "ddim_step", [x_t, model_output], large(x_t))
-
-
-def _mean(model_output: Tensor, x_t: Tensor, coefficients: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    k_x, k_out, sigma = (v[:, None, None, None] for v in coefficients)
-    if x_t.dtype != torch.float64:
-        x_t, model_output = x_t.float(), model_output.float()
-    return k_x * x_t + k_out * model_output, sigma
-
-
-def gaussian_log_prob(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
-    """log N(x; mean, sigma²·I) divided by n, the number of dimensions: (B, C, H, W) -> (B,).
-
-    The *mean* over dimensions, as DDPO and PrefPaint have it: the sum over n = 16,384 of them overflows exp() in a
-    probability ratio. A difference of two such numbers is the joint log-ratio divided by n.
-    """
-    z = (x - mean) / sigma
-    per_dimension = -0.5 * z**2 - sigma.log() - 0.5 * math.log(2 * math.pi)
-    return per_dimension.flatten(1).mean(1)
 
 
 def ddim_step(
@@ -213,41 +178,9 @@ def ddim_step(
     rounded to x_t's dtype *before* it is scored, so that a later replay scores the same number. Where sigma = 0 the
     step is deterministic and has no density: its log-probability is NaN.
     """
-    if (noise is None) == (x_prev is None):
-        raise ValueError("ddim_step: pass either noise (to draw) or x_prev (to score)")
-    if x_prev is not None and x_prev.shape != x_t.shape:
-        raise ValueError(f"ddim_step: x_prev is {tuple(x_prev.shape)} but x_t is {tuple(x_t.shape)}")
-    through_x = torch.is_grad_enabled() and (x_t.requires_grad or (x_prev is None and model_output.requires_grad))
     if coefficients is None:
         coefficients = _coefficients(schedule, x_t, t, t_prev, eta)
-    if not through_x and _fused(model_output, x_t):
-        return ddim_step_logprob(model_output, None, x_t, *coefficients, noise=noise, x_prev=x_prev)
-    mean, sigma = _mean(model_output, x_t, coefficients)
-    if x_prev is None:
-        assert noise is not None
-        x_prev = (mean + sigma * noise).to(x_t.dtype)
-    return x_prev, gaussian_log_prob(x_prev.to(mean.dtype), mean, sigma)
-
-
-def score_step(
-    schedule: Schedule,
-    model_output: Tensor,
-    x_t: Tensor,
-    x_prev: Tensor,
-    t: Tensor | int,
-    t_prev: Tensor | int,
-    *,
-    eta: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The Gaussian of a step that was taken, and the log-probability of where it led: mean, sigma, log_prob (B,).
-
-    Scored by what `ddim_step` draws with, so that before any update the ratio of both is 1. x_t gets no gradient.
-    """
-    coefficients = _coefficients(schedule, x_t, t, t_prev, eta)
-    mean, sigma = _mean(model_output, x_t, coefficients)
-    if _fused(model_output, x_t):
-        return mean, sigma, ddim_step_logprob(model_output, None, x_t, *coefficients, x_prev=x_prev)[1]
-    return mean, sigma, gaussian_log_prob(x_prev.to(mean.dtype), mean, sigma)
+    return ddim_step_logprob(model_output, x_t, *coefficients, noise=noise, x_prev=x_prev)
 
 
 # ------------------------------------------------------------------------------------------------ condition, guidance
@@ -322,16 +255,35 @@ class Trajectory:
     timesteps: Tensor  # (T,) int64, CPU
     scored: Tensor  # (T,) bool, CPU: the step is random (sigma > 0)
 
-    def times(self, i: int) -> tuple[int, int]:
-        """t and t_prev of step i; −1 after the last."""
-        last = i + 1 == len(self.timesteps)
-        return int(self.timesteps[i]), -1 if last else int(self.timesteps[i + 1])
+    @property
+    def next_timesteps(self) -> Tensor:
+        """The time that each step leads to, (T,); −1 after the last."""
+        return torch.cat([self.timesteps[1:], self.timesteps.new_tensor([-1])])
 
 
-def sample_generators(seed: int, epoch: int, indices: Iterable[int]) -> list[torch.Generator]:
-    """One CPU generator per sample, a function of (seed, epoch, global sample index) alone: results depend neither
-    on how a batch is split nor on how many processes share it. `epoch` may be negative."""
-    words = [(seed, epoch % 2**32, int(i)) for i in indices]
+# Where noise is drawn outside training epochs (those are numbered from 1): published figures rest on these numbers.
+# Epochs may reach the judges' of `evaluate`, but train on other prompts.
+STREAMS = {
+    "curves": -1,  # the fixed held-out prompts of a run's curves
+    "judge base": -2,  # the final comparison: independent noise for the two models
+    "judge aligned": -3,
+    "kl": -4,  # KL of whole rollouts
+    "training pictures": -10,  # RPO: pictures of the training, validation and test prompts
+    "validation": -11,
+    "test": -12,
+    "sample": 0,  # `sample`, completions that are rated, text-to-image
+    "policies": 1,  # trust weights of several policies
+    "evaluate opponent": 1000,  # `evaluate`: one sample, and the S samples of either model, counted up
+    "evaluate base": 2000,
+    "evaluate aligned": 3000,
+}
+
+
+def sample_generators(seed: int, stream: int | str, indices: Iterable[int]) -> list[torch.Generator]:
+    """One CPU generator per sample, a function of (seed, stream, global sample index) alone: results depend neither
+    on how a batch is split nor on how many processes share it. `stream`: a training epoch, or a name of STREAMS."""
+    number = STREAMS[stream] if isinstance(stream, str) else stream
+    words = [(seed, number % 2**32, int(i)) for i in indices]
     return [
         torch.Generator().manual_seed(int(np.random.SeedSequence(w).generate_state(1, np.uint64)[0] >> 1))
         for w in words
@@ -368,14 +320,14 @@ def rollout(
     guided = needs_guidance(condition, guidance)  # once: comparing at every step would wait for the device
 
     timesteps = schedule.timesteps(steps)
-    following = torch.cat([timesteps[1:], torch.tensor([-1])])
-    tables = schedule.coefficients(timesteps, following, eta)
+    next_timesteps = torch.cat([timesteps[1:], torch.tensor([-1])])
+    tables = schedule.coefficients(timesteps, next_timesteps, eta)
     scored = tables[2] > 0
     latents, log_probs = [noise[:, 0].to(dtype)], []
     # Times and coefficients of all steps, sent to the device once.
     k_x, k_out, sigma = (_vector(v, latents[0])[:, None].expand(-1, B) for v in tables)  # (T, B)
     times = timesteps.to(device, non_blocking=True)[:, None].expand(-1, B)
-    for i, (t, t_prev) in enumerate(zip(timesteps.tolist(), following.tolist())):
+    for i, (t, t_prev) in enumerate(zip(timesteps.tolist(), next_timesteps.tolist())):
         output = _predict(unet, latents[-1], times[i], condition, guidance, guided)
         x_prev, log_prob = ddim_step(
             schedule, output, latents[-1], t, t_prev, eta=eta, noise=noise[:, i + 1],
@@ -384,3 +336,28 @@ def rollout(
         latents.append(x_prev)
         log_probs.append(log_prob)
     return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1), timesteps, scored)
+
+
+def replay(
+    unet,
+    schedule: Schedule,
+    trajectory: Trajectory,
+    condition: Condition,
+    samples: Tensor,
+    steps: Tensor,
+    *,
+    eta: float,
+    guidance: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `unet` thinks of steps that a rollout took: sample samples[m] at step steps[m], int64 (M,) each.
+
+    Returns log_prob (M,) of where each step led, mean over dimensions, and its Gaussian: mean (M, C, H, W) and sigma
+    (M, 1, 1, 1). Before any update log_prob is that of the rollout, so that the ratio of the two is 1.
+    """
+    t, t_prev = trajectory.timesteps[steps], trajectory.next_timesteps[steps]
+    x_t, x_prev = trajectory.latents[samples, steps], trajectory.latents[samples, steps + 1]
+    output = predict(unet, x_t, t, condition[samples], guidance=guidance)
+    coefficients = _coefficients(schedule, x_t, t, t_prev, eta)
+    gaussian = step_gaussian(output, x_t, *coefficients)
+    _, log_prob = ddim_step_logprob(output, x_t, *coefficients, x_prev=x_prev, gaussian=gaussian)
+    return log_prob, *gaussian

@@ -32,11 +32,12 @@ class Guard:
     mark: float = -math.inf  # the last lower bound that was a clear gain
     looks: int = 0  # since then
 
-    def start(self, reward: float, trusted: float | None, bound: float | None = None) -> None:
-        """What the base model scores."""
+    def start(self, reward: float, trusted: float | None, bound: float | None = None) -> tuple[bool, bool]:
+        """(keep, stop) of the base model: the best so far, by definition."""
         self.first_reward = reward
         self.first_lower = self.best = self.mark = reward - (bound or 0)
         self.first_trusted = math.nan if trusted is None else trusted
+        return True, False
 
     def look(self, reward: float, trusted: float | None, bound: float | None = None) -> tuple[bool, bool]:
         """(keep, stop): whether these weights are the best believed so far, and whether to stop here.

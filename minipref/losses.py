@@ -15,17 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _same_shape(name: str, **tensors: Tensor) -> None:
-    shapes = {k: tuple(v.shape) for k, v in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"{name}: shapes differ: " + ", ".join(f"{k} {v}" for k, v in shapes.items()))
-
-
-def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error per sample in the network's own prediction space: (B, …) -> (B,)  (Ho et al. 2020, Eq. 14)."""
-    _same_shape("denoising_loss", prediction=prediction, target=target)
-    return (prediction - target).square().flatten(1).mean(1)
+# RPO Eqs. 4 and 7, and Diffusion-DPO's: they stand beside their fused form and are its specification.
+from .kernels.preference_loss import denoising_loss as denoising_loss
+from .kernels.preference_loss import preference_loss as preference_loss
+from .kernels.preference_loss import preference_margin as preference_margin
+from .kernels.preference_loss import same_shape
 
 
 def bradley_terry_loss(scores: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
@@ -33,7 +27,7 @@ def bradley_terry_loss(scores: Tensor, labels: Tensor, groups: Tensor) -> Tensor
 
     scores, labels, groups (B,) -> a number; 0 where no prompt has two different labels (Bradley and Terry 1952).
     """
-    _same_shape("bradley_terry_loss", scores=scores, labels=labels, groups=groups)
+    same_shape("bradley_terry_loss", scores=scores, labels=labels, groups=groups)
     better, worse = ((groups[:, None] == groups[None]) & (labels[:, None] > labels[None])).nonzero(as_tuple=True)
     return -F.logsigmoid(scores[better] - scores[worse]).sum() / max(1, len(better))
 
@@ -45,7 +39,7 @@ def advantages(rewards: Tensor, groups: Tensor, *, eps: float = 1e-7, clip: floa
     several samples a prompt the group's mean removes what the prompt, not the completion, is worth. One sample a
     prompt falls back to the batch mean. The standard deviation is that of the centred rewards.
     """
-    _same_shape("advantages", rewards=rewards, groups=groups)
+    same_shape("advantages", rewards=rewards, groups=groups)
     _, index, counts = torch.unique(groups, return_inverse=True, return_counts=True)
     if counts.max() > 1:
         means = torch.zeros(len(counts), dtype=rewards.dtype, device=rewards.device).index_add_(0, index, rewards)
@@ -65,7 +59,7 @@ def clipped_surrogate(
     Returns the loss, the ratios (B,), and which samples the clip silenced (B,), bool: their gradient is zero.
     """
     gamma = torch.ones_like(advantage) if gamma is None else gamma
-    _same_shape("clipped_surrogate", log_prob=log_prob, log_prob_old=log_prob_old, advantage=advantage, gamma=gamma)
+    same_shape("clipped_surrogate", log_prob=log_prob, log_prob_old=log_prob_old, advantage=advantage, gamma=gamma)
     ratio = (log_prob - log_prob_old).exp()
     width = clip_range / n
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - width, 1 + width)
@@ -79,34 +73,8 @@ def gaussian_kl(mean: Tensor, mean_ref: Tensor, sigma: Tensor) -> Tensor:
     Summed over dimensions. The training loss uses this divided by n, the reduction of the log-probability
     (PrefPaint Eq. 1, the kappa term, in closed form for one step).
     """
-    _same_shape("gaussian_kl", mean=mean, mean_ref=mean_ref)
+    same_shape("gaussian_kl", mean=mean, mean_ref=mean_ref)
     return ((mean - mean_ref).square() / (2 * sigma**2)).flatten(1).sum(1)
-
-
-# ------------------------------------------------------------------------------------------------ RPO
-# `kernels.preference_loss_from_predictions` is `denoising_loss` of four predictions, margin and loss in one.
-
-
-def preference_margin(theta_ref: Tensor, base_ref: Tensor, theta_gen: Tensor, base_gen: Tensor) -> Tensor:
-    """l = (base − theta)_ref − (base − theta)_gen: how much more the training has improved on the reference than on
-    the generated picture (RPO Eq. 7).
-
-    All (B,): a mean squared error per sample (`denoising_loss`) each, so that beta means the same at every size.
-    """
-    _same_shape("preference_margin", theta_ref=theta_ref, base_ref=base_ref, theta_gen=theta_gen, base_gen=base_gen)
-    return (base_ref - theta_ref) - (base_gen - theta_gen)
-
-
-def preference_loss(margin: Tensor, label: Tensor, beta: float) -> Tensor:
-    """−[y·log sigmoid(beta·l) + (1 − y)·log sigmoid(−beta·l)] per pair, then the mean (RPO Eq. 7, Bradley–Terry).
-
-    margin (B,), label y (B,) in [0, 1]: the probability, or a draw, of "the reference is preferred". y = 1 is
-    Diffusion-DPO (Wallace et al. 2023, our beta is half of theirs). Its gradient is beta·(sigmoid(beta·l) − y)·grad l:
-    with y near ½ it pulls beta·l towards logit(y), near the base model.
-    """
-    _same_shape("preference_loss", margin=margin, label=label)
-    pulled = beta * margin
-    return -(label * F.logsigmoid(pulled) + (1 - label) * F.logsigmoid(-pulled)).mean()
 
 
 def preference_label(
@@ -117,7 +85,7 @@ def preference_label(
 
     Temperature 1 is the paper's. Its rewards lie in [0, 1], so its labels are nearly coin flips.
     """
-    _same_shape("preference_label", reward_ref=reward_ref, reward_gen=reward_gen)
+    same_shape("preference_label", reward_ref=reward_ref, reward_gen=reward_gen)
     probability = torch.sigmoid((reward_ref - reward_gen) / temperature)
     if generator is None:
         return probability

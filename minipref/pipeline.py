@@ -1,4 +1,4 @@
-"""The parts of one inpainting model together: weights, schedule, codec, text. What every script starts from."""
+"""The parts of one model together: weights, schedule, codec, text. What every script starts from."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from .data.prompts import Prompts
-from .diffusion import Condition, Schedule, ScheduleConfig, Trajectory, rollout, sample_generators
+from .diffusion import Condition, Schedule, ScheduleConfig, Trajectory, replay, rollout, sample_generators
+from .losses import gaussian_kl
+from .models.autoencoder import SpaceToDepth
 from .models.clip import CLIP, CLIPConfig
-from .models.codec import SpaceToDepth
 from .models.tokenizer import WordTokenizer
 from .models.unet import UNet, UNetConfig
-from .presets import SMALL_CODEC
-from .rewards import LearnedReward
 from .runtime import checkpoint
 from .runtime.runlog import progress
 
@@ -63,13 +62,14 @@ class Pipeline:
     clip: CLIP
     tokenizer: WordTokenizer
     device: torch.device
+    folder: Path  # where the weights lie; reward.pt may lie there, too
     fingerprint: str  # of unet.pt: a run says which base model it started from
     meta: dict  # what unet.pt says of itself
 
     @staticmethod
     def load(weights: str | Path | None, device: str = "cpu") -> Pipeline:
         """The model in a folder with unet.pt and clip.pt; the shipped small one where none is named."""
-        folder, where = Path(weights or SHIPPED), pick_device(device)
+        folder, on = Path(weights or SHIPPED), pick_device(device)
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder}: no such folder of weights; `python -m minipref pretrain --small` makes one"
@@ -77,80 +77,119 @@ class Pipeline:
         unet, schedule, meta = load_unet(folder / "unet.pt")
         clip, tokenizer = load_clip(folder / "clip.pt")
         check_text(meta, clip, folder / "clip.pt", folder / "unet.pt")
-        c, codec = unet.config, SMALL_CODEC
-        expected = 2 * codec.channels + codec.mask_channels, codec.channels, clip.config.text_hidden_size
-        if (c.in_channels, c.out_channels, c.cross_attention_dim) != expected:
+        c, codec = unet.config, SpaceToDepth.with_channels(unet.config.out_channels)
+        inpainting, width = 2 * codec.channels + codec.mask_channels, clip.config.text_hidden_size
+        if c.in_channels not in (inpainting, codec.channels) or c.cross_attention_dim != width:
             raise ValueError(
-                f"{folder / 'unet.pt'}: a UNet with {c.in_channels} channels in, {c.out_channels} out, texts of width "
-                f"{c.cross_attention_dim}; this codec and clip.pt need {expected[0]}, {expected[1]} and {expected[2]}"
+                f"{folder / 'unet.pt'}: a UNet with {c.in_channels} channels in and texts of width "
+                f"{c.cross_attention_dim}; its codec and clip.pt need {inpainting} (or {codec.channels} for texts) and "
+                f"{width}"
             )
-        unet.to(memory_format=torch.channels_last).to(where)  # type: ignore[call-overload]
-        return Pipeline(unet, schedule, SMALL_CODEC, clip.to(where), tokenizer, where, digest(folder / "unet.pt"), meta)
+        unet.to(memory_format=torch.channels_last).to(on)  # type: ignore[call-overload]
+        fingerprint = digest(folder / "unet.pt")
+        return Pipeline(unet, schedule, codec, clip.to(on), tokenizer, on, folder, fingerprint, meta)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the pictures that the model was trained on, in pixels."""
+        return self.unet.config.sample_size * self.codec.factor
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet sees mask and masked picture; otherwise it knows texts alone."""
+        return self.unet.config.in_channels > self.codec.channels
 
     @torch.no_grad()
     def condition(self, prompts: Prompts) -> Condition:
-        """Texts, holes and masked pictures, encoded once."""
+        """Texts, holes and masked pictures, encoded once. Texts alone are one large hole to a UNet that inpaints."""
         ids, empty = (self.tokenizer(t).to(self.device) for t in (prompts.texts, [""] * len(prompts)))
-        masked, masks = prompts.masked.to(self.device), prompts.masks.to(self.device)
+        context, without = self.clip.context(ids), self.clip.context(empty)
+        if not self.inpaints:
+            if prompts.masks is not None and not bool((prompts.masks > 0.5).all()):
+                raise ValueError("this UNet has no inpainting channels: it draws from texts and cannot fill a hole")
+            return Condition(context, empty=without)
+        if prompts.images is None:
+            masks = torch.ones(len(prompts), 1, self.image_size, self.image_size)
+            masked = torch.full((len(prompts), 3, self.image_size, self.image_size), 0.5)
+        else:
+            masked, masks = prompts.masked, prompts.masks
         return Condition(
-            self.clip.context(ids), self.codec.encode_mask(masks), self.codec.encode(masked), self.clip.context(empty)
+            context,
+            self.codec.encode_mask(masks.to(self.device)),
+            self.codec.encode(masked.to(self.device)),
+            without,
         )
 
     def latent_shape(self, prompts: Prompts) -> tuple[int, int, int]:
-        H, W = prompts.images.shape[-2:]
+        H, W = (self.image_size,) * 2 if prompts.images is None else prompts.images.shape[-2:]
         return self.codec.channels, H // self.codec.factor, W // self.codec.factor
 
     def complete(
         self,
         unet: UNet,
         prompts: Prompts,
-        how: Sampling,
+        sampling: Sampling,
         *,
         seed: int,
-        epoch: int,
-        batch: int = 64,
+        stream: int | str,
+        batch_size: int = 64,
         first: int = 0,
     ) -> Tensor:
         """Completions (B, 3, H, W) in [0, 1] on the CPU, known pixels in place. Sample i's noise is that of
-        (seed, epoch, first + i), whatever `batch`, the number of pictures a pass, is."""
-        done, starts = [], range(0, len(prompts), batch)
+        (seed, stream, first + i), whatever `batch_size`, the number of pictures a pass, is."""
+        images, starts = [], range(0, len(prompts), batch_size)
         for i in progress(starts, "completions", leave=False) if len(starts) > 2 else starts:
-            part = prompts.select(slice(i, i + batch))
-            path = self.sample(unet, part, how, seed, epoch, range(first + i, first + i + len(part)))
-            done.append(self.decode(path, part))
-        return torch.cat(done)
+            part = prompts.select(slice(i, i + batch_size))
+            indices = range(first + i, first + i + len(part))
+            images.append(self.decode(self.rollout(unet, part, sampling, seed, stream, indices), part))
+        return torch.cat(images)
 
-    def sample(
+    def rollout(
         self,
         unet: UNet,
         prompts: Prompts,
-        how: Sampling,
+        sampling: Sampling,
         seed: int,
-        epoch: int,
+        stream: int | str,
         indices: Iterable[int],
         condition: Condition | None = None,
     ) -> Trajectory:
-        """One rollout of `unet` for a batch of prompts; sample i's noise is that of (seed, epoch, indices[i]).
+        """One rollout of `unet` for a batch of prompts; sample i's noise is that of (seed, stream, indices[i]).
 
-        `condition`: that of the prompts, where it is known already.
+        `condition`: that of the prompts, where it is at hand.
         """
         return rollout(
             unet,
             self.schedule,
             self.condition(prompts) if condition is None else condition,
             shape=self.latent_shape(prompts),
-            steps=how.steps,
-            eta=how.eta,
-            guidance=how.guidance,
-            generator=sample_generators(seed, epoch, indices),
+            steps=sampling.steps,
+            eta=sampling.eta,
+            guidance=sampling.guidance,
+            generator=sample_generators(seed, stream, indices),
         )
 
-    def decode(self, path: Trajectory, prompts: Prompts) -> Tensor:
+    def decode(self, trajectory: Trajectory, prompts: Prompts) -> Tensor:
         """A rollout's last latents as pictures with the known pixels put back."""
-        images = self.codec.decode(path.latents[:, -1]).cpu()
+        images = self.codec.decode(trajectory.latents[:, -1]).cpu()
         if not torch.isfinite(images).all():
             raise ValueError("the UNet made pictures of NaN: its weights are damaged or have diverged (lower --lr)")
         return prompts.paste_known(images)
+
+    @torch.no_grad()
+    def kl_to_base(self, aligned: UNet, prompts: Prompts, sampling: Sampling, *, seed: int) -> Tensor:
+        """KL(aligned ‖ base) of whole rollouts in nats, (B,): per step in closed form, on trajectories of `aligned`."""
+        samples, condition = torch.arange(len(prompts)), self.condition(prompts)
+        trajectory = self.rollout(aligned, prompts, sampling, seed, "kl", range(len(prompts)), condition)
+        total = torch.zeros(len(prompts))
+        for step in trajectory.scored.nonzero()[:, 0]:
+            steps, settings = step.expand(len(prompts)), {"eta": sampling.eta, "guidance": sampling.guidance}
+            (_, mean, sigma), (_, mean_base, _) = (
+                replay(unet, self.schedule, trajectory, condition, samples, steps, **settings)
+                for unet in (aligned, self.unet)
+            )
+            total += gaussian_kl(mean, mean_base, sigma).cpu()
+        return total
 
 
 def check_text(meta: dict, clip: CLIP, path: Path, unet: str | Path) -> None:
@@ -169,10 +208,6 @@ def text_digest(clip: CLIP) -> str:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def learned_reward(weights: str | Path | None) -> LearnedReward:
-    return LearnedReward.load(Path(weights or SHIPPED) / "reward.pt")
 
 
 def pick_device(name: str) -> torch.device:

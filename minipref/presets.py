@@ -1,22 +1,22 @@
-"""The named sizes. A preset is what a user types; everything else follows from it."""
+"""The named sizes. A preset is what a user types; everything else follows from it.
+
+Sizes only: what a model learns from (words, pictures) comes from whoever trains it.
+"""
 
 from __future__ import annotations
 
-from .data.scenes import SIZE, WORDS
 from .diffusion import ScheduleConfig
+from .models.autoencoder import SpaceToDepth
 from .models.clip import CLIPConfig
-from .models.codec import SpaceToDepth
 from .models.reward_features import FeatureConfig
 from .models.tokenizer import EOS, WordTokenizer
 from .models.unet import UNetConfig
 
+SMALL_SIZE = 32  # pixels, height and width
+SMALL_CODEC = SpaceToDepth(2)
 
-def small_tokenizer() -> WordTokenizer:
-    return WordTokenizer(WORDS)
 
-
-def small_clip() -> CLIPConfig:
-    tokenizer = small_tokenizer()
+def small_clip(tokenizer: WordTokenizer) -> CLIPConfig:
     return CLIPConfig(
         projection_dim=64,
         hidden_act="gelu",
@@ -28,7 +28,7 @@ def small_clip() -> CLIPConfig:
         text_intermediate_size=160,
         eos_token_id=EOS,
         context_skip=1,
-        image_size=SIZE,
+        image_size=SMALL_SIZE,
         patch_size=4,
         vision_hidden_size=80,
         vision_layers=4,
@@ -39,10 +39,8 @@ def small_clip() -> CLIPConfig:
     )
 
 
-SMALL_CODEC = SpaceToDepth(2)
-
 SMALL_UNET = UNetConfig(
-    sample_size=SIZE // SMALL_CODEC.factor,
+    sample_size=SMALL_SIZE // SMALL_CODEC.factor,
     in_channels=2 * SMALL_CODEC.channels + SMALL_CODEC.mask_channels,  # noisy latent, mask, masked picture
     out_channels=SMALL_CODEC.channels,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -9,7 +9,7 @@ import torch
 
 import train_rl
 import train_rpo
-from minipref import rewards as R
+from minipref import reward_model as R
 from minipref.diffusion import Condition, Schedule, ScheduleConfig
 from minipref.models.reward_features import FeatureConfig, RewardFeatures
 from minipref.pipeline import load_unet
@@ -47,7 +47,7 @@ def condition(batch, width=3, context=None, empty=None):
 
 # A run of train_rl.py that takes seconds.
 TINY = {
-    "--epochs": 2, "--prompts": 3, "--samples": 2, "--steps": 3, "--train-steps": 2, "--eval-every": 1,
+    "--epochs": 2, "--prompts": 3, "--samples": 2, "--sampling-steps": 3, "--train-steps": 2, "--eval-every": 1,
     "--eval-prompts": 8, "--win-prompts": 8,
 }  # fmt: skip
 
@@ -73,8 +73,8 @@ def stops_with(call, message, capsys):
 
 # A run of train_rpo.py that takes seconds.
 TINY_RPO = {
-    "--steps": 4, "--val-every": 2, "--train-prompts": 2, "--images": 2, "--val-prompts": 2, "--val-images": 2,
-    "--test-prompts": 3, "--test-images": 2, "--sample-steps": 2, "--batch": 2, "--lr": 1e-3, "--beta": 0.02,
+    "--updates": 4, "--val-every": 2, "--train-prompts": 2, "--images": 2, "--val-prompts": 2, "--val-images": 2,
+    "--test-prompts": 3, "--test-images": 2, "--sampling-steps": 2, "--batch-size": 2, "--lr": 1e-3, "--beta": 0.02,
     "--eta": 0, "--guidance": 3,
 }  # fmt: skip
 

@@ -24,19 +24,20 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..runtime.checkpoint import atomic_write
-from .annotator import HIGHEST, LOWEST, WEIGHTS, Rating
-from .folders import read_image, read_mask
+from ..runtime.draw import to_image
+from .pictures import read_image, read_mask
 from .prompts import Prompts
-from .ratings import Ratings
-from .scenes import Scene, draw, scene
+from .ratings import HIGHEST, LOWEST, WEIGHTS, Ratings
 
+# ((seed, number) of a row's scene, masked picture (3, S, S), mask (1, S, S)) -> truth; ValueError if it is another's.
+Truth = Callable[[tuple[int, int], Tensor, Tensor], Any]
 STRANGE = 0.2  # mean difference of known pixels at which a completion is that of another picture
 ORIGINS = ("completion", "widened")
 
@@ -60,26 +61,21 @@ class Row:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def _png(x: Tensor, path: Path) -> None:
-    pixels = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(np.ascontiguousarray(pixels.squeeze())).save(path)
-
-
 def write(
     folder: str | Path,
     prompts: Prompts,
     images: Tensor,
-    ratings: list[Rating],
-    names: list[str],
+    scores: list[dict[str, Tensor]],
+    prompt_ids: list[str],
     *,
     widened: Tensor,
     source: str,
-    places: list[tuple[int, int]] | None = None,
+    scenes: list[tuple[int, int]] | None = None,
 ) -> Path:
     """Adds rated pictures to a folder: PNG files and lines of ratings.jsonl. Returns the path of ratings.jsonl.
 
-    prompts and images (N, 3, H, W), one `Rating` of N scores a rater, `names` the N prompt ids, `places` the N scenes
-    as (seed, number). The lines are written last and at once, so that a broken run leaves nothing half.
+    prompts and images (N, 3, H, W); for each rater the scores (N,) of structure, texture and overall; N prompt ids; the
+    N toy scenes as (seed, number). The lines are written last and at once, so that a broken run leaves nothing half.
     """
     folder = Path(folder)
     for part in ("images", "masked", "masks"):
@@ -87,20 +83,20 @@ def write(
     path = folder / "ratings.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     taken = {json.loads(line)["prompt_id"] for line in lines}
-    if twice := sorted(taken & set(names)):
+    if twice := sorted(taken & set(prompt_ids)):
         raise ValueError(f"{path}: prompt {twice[0]} was rated before; write to another folder")
     masked, seen = prompts.masked, dict[str, int]()
-    for i, name in enumerate(names):
+    for i, name in enumerate(prompt_ids):
         k = seen[name] = seen.get(name, -1) + 1
         row: dict = {"image": f"images/{name}_{k}.png", "masked": f"masked/{name}.png", "mask": f"masks/{name}.png"}
-        _png(images[i], folder / row["image"])
+        to_image(images[i]).save(folder / row["image"])
         if k == 0:
-            _png(masked[i], folder / row["masked"])
-            _png(prompts.masks[i], folder / row["mask"])
-        scores = [{part: float(getattr(r, part)[i]) for part in WEIGHTS} for r in ratings]
-        row |= {"prompt_id": name, "kind": prompts.kinds[i], "source": source, "scores": scores}
+            to_image(masked[i]).save(folder / row["masked"])
+            to_image(prompts.masks[i]).save(folder / row["mask"])
+        each = [{part: float(rater[part][i]) for part in WEIGHTS} for rater in scores]
+        row |= {"prompt_id": name, "kind": prompts.kinds[i], "source": source, "scores": each}
         row |= {"origin": "widened"} if widened[i] else {}
-        row |= {"scene": list(places[i])} if places else {}
+        row |= {"scene": list(scenes[i])} if scenes else {}
         lines.append(json.dumps(row))
     atomic_write(path, lambda p: p.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     return path
@@ -295,20 +291,13 @@ def _prompt_numbers(rows: list[Row], pictures: list[Tensor], masks: list[Tensor]
     return torch.tensor(number).unique(return_inverse=True)[1]
 
 
-def _toy_scene(row: Row, shown: Tensor, hole: Tensor) -> Scene:
-    """The true scene of a toy row; raises ValueError where its known pixels are not those of the masked picture."""
-    assert row.scene is not None
-    found = scene(*row.scene)
-    known = (hole < 0.5).expand_as(shown)
-    if not torch.allclose(draw([found])[0][known], shown[known], atol=1 / 255):
-        raise ValueError(f"scene {list(row.scene)} is not what {row.masked.name} shows: rated in another toy world")
-    return found
-
-
-def load(path: str | Path, size: int, low: float = LOWEST, high: float = HIGHEST) -> tuple[Ratings, list[str]]:
+def load(
+    path: str | Path, size: int, low: float = LOWEST, high: float = HIGHEST, truth: Truth | None = None
+) -> tuple[Ratings, list[str]]:
     """The ratings of a folder, or of several (A,B), and a line for each that was left out. ValueError if none is left.
 
-    Pictures become (3, size, size). A hole that touches any part of a pixel makes it hole.
+    Pictures become (3, size, size). A hole that touches any part of a pixel makes it hole. `truth` turns the scene that
+    a row names into what the prompts carry as truth; without it, nothing is known of any scene.
     """
     rows, problems = scan(path, low, high)
     read_once = functools.cache(read_image)
@@ -324,17 +313,17 @@ def load(path: str | Path, size: int, low: float = LOWEST, high: float = HIGHEST
             changed = ((shown - image).abs().amax(0, keepdim=True) > 0.05).float()
             unions[row.masked] = torch.maximum(unions.get(row.masked, changed), changed)
         read.append((row, image, shown, hole))
-    checked: dict[tuple[int, int] | None, Scene | None] = {None: None}
+    checked: dict[tuple[int, int] | None, Any] = {None: None}
     kept: list[Row] = []
-    images, masked, masks, found = list[Tensor](), list[Tensor](), list[Tensor](), list[Scene | None]()
+    images, masked, masks, truths = list[Tensor](), list[Tensor](), list[Tensor](), list[Any]()
     for row, image, shown, named in read:
         hole = unions[row.masked] if named is None else named
         try:
             if not hole.any():
                 raise ValueError(f"{row.masked} shows no hole")
             if row.scene not in checked:
-                checked[row.scene] = _toy_scene(row, shown, hole)
-            found.append(checked[row.scene])
+                checked[row.scene] = truth(row.scene, shown, hole) if truth and row.scene else None
+            truths.append(checked[row.scene])
         except ValueError as e:
             problems.append(f"{row.where}: {e}")
             continue
@@ -348,13 +337,12 @@ def load(path: str | Path, size: int, low: float = LOWEST, high: float = HIGHEST
     raters = torch.full((len(kept), max(len(r.labels) for r in kept)), math.nan, dtype=torch.float64)
     for line, row in zip(raters, kept):
         line[: len(row.labels)] = torch.tensor(row.labels, dtype=torch.float64)
-    scenes_known = [s for s in found if s is not None]
     prompts = Prompts(
         torch.stack(masked),
         torch.stack(masks),
         [""] * len(kept),
         [r.kind or mask_kind(m) for r, m in zip(kept, masks)],
-        scenes_known if len(scenes_known) == len(kept) else None,
+        None if None in truths else truths,
     )
     widened = torch.tensor([r.origin == "widened" for r in kept])
     groups = _prompt_numbers(kept, list(prompts.masked), masks)

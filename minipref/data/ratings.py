@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .annotator import gold
 from .prompts import Prompts
 
+WEIGHTS = {"structure": 0.15, "texture": 0.15, "overall": 0.7}  # of a label: 0.15·s + 0.15·t + 0.7·o (PrefPaint)
+LOWEST, HIGHEST = 1, 7  # scores of PrefPaint's raters
 LEAST = 20  # ratings that a (source, mask kind) needs for a mean and a spread of its own
-SPLITS = {"features": 0.6, "ridge": 0.25, "calibration": 0.15}  # of the prompts, never of the pictures
+SPLITS = {"features": 0.6, "ridge": 0.25, "judge": 0.15}  # of the prompts, never of the pictures
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,6 @@ class Ratings:
     def strata(self) -> list[str]:
         """Source and mask kind of each picture: what labels are normalised by (PrefPaint, data set)."""
         return [f"{s}/{k}" for s, k in zip(self.sources, self.prompts.kinds)]
-
-    @cached_property
-    def truth(self) -> Tensor | None:
-        """The noise-free label (N,) of toy pictures: to judge a reward model by, never to train it."""
-        if not self.prompts.scenes:
-            return None
-        return gold(self.images, self.prompts.masks, self.prompts.scenes).label
 
     def select(self, chosen: Tensor) -> Ratings:
         """The pictures where `chosen` (N,) is true."""
@@ -124,8 +117,8 @@ def split_for_fit(r: Ratings, seed: int, dim: int, pairs: bool = False) -> dict[
     """By prompt, so that no picture is judged by what another one of its prompt taught; the third split keeps only
     pictures as a policy makes them, none that were widened. Refuses what cannot be learned from with `dim` features."""
     split = {k: r.select(v) for k, v in split_by_prompt(r.groups, seed).items()}
-    split["calibration"] = split["calibration"].select(~split["calibration"].widened)
-    if not len(split["calibration"]):
+    split["judge"] = split["judge"].select(~split["judge"].widened)
+    if not len(split["judge"]):
         raise ValueError("every rating of the third split is of a widened picture: none is left to judge the model by")
     if len(split["ridge"]) <= dim:
         raise ValueError(

@@ -7,12 +7,11 @@ specification; the Triton kernels, forward and backward; the operator with its g
 
 from .ddim_step_logprob import ddim_step_logprob
 from .geglu import geglu
-from .group_norm_act import apply_group_norm, group_norm_act
+from .group_norm_act import group_norm_act
 from .preference_loss import preference_loss_from_predictions
 from .q_sample import q_sample
 
 __all__ = [
-    "apply_group_norm",
     "ddim_step_logprob",
     "geglu",
     "group_norm_act",

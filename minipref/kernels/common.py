@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ if INTERPRETED or torch.version.cuda:  # elsewhere it could not run: importing i
     except ImportError:
         pass
 
+AVAILABLE = triton is not None and not INTERPRETED  # whether "auto" can take a fused form at all, on this machine
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 LARGE = 1 << 16  # elements of one sample from which "auto" takes a fused operation: a prediction, see `large`
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -38,7 +39,7 @@ def use_triton(
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{name}: impl={impl!r}; choose {', '.join(IMPLEMENTATIONS)}")
-    if impl == "torch":
+    if impl == "torch" or (impl == "auto" and not AVAILABLE):
         return False
     reason = _why_not(tensors)
     if not reason and any(c is not None and c.requires_grad for c in constants):
@@ -46,8 +47,24 @@ def use_triton(
     if impl == "triton" and reason:
         raise RuntimeError(f"{name}: impl='triton' cannot run: {reason}; impl='auto' falls back to PyTorch")
     if impl == "auto":
-        return not reason and pays and tensors[0].is_cuda and not INTERPRETED
+        return not reason and pays and tensors[0].is_cuda
     return True
+
+
+class Decision:
+    """Whether the input of a module takes the fused form, `decide(x)`: asked once for each kind of input (shape of a
+    sample, dtype, device), not at every pass."""
+
+    def __init__(self, decide: Callable[[Tensor], bool]):
+        self.decide, self.kind, self.answer = decide, None, False
+
+    def __call__(self, x: Tensor) -> bool:
+        if not AVAILABLE:
+            return False
+        kind: Any = (x.shape[1:], x.dtype, x.device)
+        if kind != self.kind:
+            self.kind, self.answer = kind, self.decide(x)
+        return self.answer
 
 
 def large(x: Tensor, line: int = LARGE) -> bool:

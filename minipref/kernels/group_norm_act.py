@@ -11,15 +11,10 @@ With a = weight·(1 + scale) and b = bias·(1 + scale) + shift, built in PyTorch
 and the time-modulated norm, and autograd hands every parameter its gradient without atomics.
 
 Passes over a tensor of x's size: PyTorch's GroupNorm reads twice and writes once, SiLU reads and writes once more, 5;
-the backward reads dy and u and writes du, then reads du and x twice and writes dx, 8. Fused, two ways:
-
-    held     a program owns one group of one sample and keeps it in registers: 1 read and 1 write, backward 2 and 1.
-             For NCHW, where a group lies in one piece, and groups of at most HELD elements.
-    split    programs own tiles of channels × pixels; partial sums of each tile are joined in between: 2 reads and
-             1 write, backward 4 and 1. For channels_last and for large groups, so for all of a UNet in channels_last.
-             Of what must move at least (1 read and 1 write; 2 and 1) that is 67 % and 60 %: a second read that the
-             cache serves would be the next step. Chan's formula joins means and centred squares without the
-             cancellation of E[x²] − E[x]².
+the backward reads dy and u and writes du, then reads du and x twice and writes dx, 8. Fused: programs own tiles of
+channels × pixels, and the partial sums of the tiles are joined in between: 2 reads and 1 write, backward 4 and 1. The
+least that must move is 1 read and 1 write, backward 2 and 1: that is 67 % and 60 % of it, unless the cache serves the
+second read. Chan's formula joins means and centred squares without the cancellation of E[x²] − E[x]².
 
 Sums are joined in a fixed order: no atomics, the same bits every time. eps reaches the kernel in fp32 (as w and beta
 do those of the other kernels), so that float64 on a GPU is good to about 1e-8 only.
@@ -29,13 +24,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .common import LARGE, accumulator, full_dtype, large, on_device, power_of_two, tl, triton, use_triton
+from .common import LARGE, accumulator, full_dtype, large, on_device, tl, triton, use_triton
 
 ACTIVATIONS = ("silu", "identity")
-HELD = 16384  # elements of a group, rounded up to powers of two: with twice as many the backward spills registers
-SPLIT = 8 * LARGE  # elements of a sample from which a split group pays: two launches and the joining in between
+SPLIT = 8 * LARGE  # elements of a sample from which it pays: two launches and the joining in between
 TILE_C, TILE_P = 64, 64  # channels and pixels of a tile, where a group is split
 
 # ------------------------------------------------------------------------------------------------ the specification
@@ -66,54 +60,6 @@ if triton is not None:
             s = 1.0 / (1.0 + tl.exp(-u))
             du = du * s * (1.0 + u * (1.0 - s))
         return du
-
-    @triton.jit
-    def _held(
-        X, A, B, Y, MEAN, RSTD, C, P, sn, sc, sp, groups, per_group, eps,
-        SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-    ):  # fmt: skip
-        n, g = tl.program_id(0) // groups, tl.program_id(0) % groups
-        c, p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
-        inside_c = c < per_group
-        inside = inside_c[:, None] & (p < P)[None, :]
-        channel = g * per_group + c
-        where = n.to(tl.int64) * sn + channel[:, None].to(tl.int64) * sc + p[None, :] * sp
-        x = tl.load(X + where, mask=inside, other=0.0).to(ACC)
-        count = per_group * P
-        mean = tl.sum(tl.sum(x, 1), 0) / count
-        centred = tl.where(inside, x - mean, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, 1), 0) / count + eps)
-        tl.store(MEAN + tl.program_id(0), mean)
-        tl.store(RSTD + tl.program_id(0), rstd)
-        a = tl.load(A + n * C + channel, mask=inside_c, other=0.0).to(ACC)
-        b = tl.load(B + n * C + channel, mask=inside_c, other=0.0).to(ACC)
-        u = a[:, None] * (centred * rstd) + b[:, None]
-        y = u / (1.0 + tl.exp(-u)) if SILU else u
-        tl.store(Y + where, y.to(Y.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def _held_backward(
-        G, X, A, B, MEAN, RSTD, DX, DA, DB, C, P, sn, sc, sp, groups, per_group,
-        SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-    ):  # fmt: skip
-        n, g = tl.program_id(0) // groups, tl.program_id(0) % groups
-        c, p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
-        inside_c = c < per_group
-        inside = inside_c[:, None] & (p < P)[None, :]
-        channel = g * per_group + c
-        where = n.to(tl.int64) * sn + channel[:, None].to(tl.int64) * sc + p[None, :] * sp
-        mean, rstd = tl.load(MEAN + tl.program_id(0)), tl.load(RSTD + tl.program_id(0))
-        a = tl.load(A + n * C + channel, mask=inside_c, other=0.0).to(ACC)
-        b = tl.load(B + n * C + channel, mask=inside_c, other=0.0).to(ACC)
-        xhat = (tl.load(X + where, mask=inside, other=0.0).to(ACC) - mean) * rstd
-        du = _slope(a[:, None] * xhat + b[:, None], tl.load(G + where, mask=inside, other=0.0).to(ACC), SILU)
-        db, da = tl.sum(du, 1), tl.sum(du * xhat, 1)  # du is 0 where nothing was loaded
-        tl.store(DB + n * C + channel, db, mask=inside_c)
-        tl.store(DA + n * C + channel, da, mask=inside_c)
-        count = per_group * P
-        m1, m2 = tl.sum(a * db, 0) / count, tl.sum(a * da, 0) / count
-        dx = rstd * (a[:, None] * du - m1 - xhat * m2)
-        tl.store(DX + where, dx.to(DX.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _sums(
@@ -192,17 +138,6 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return (C * H * W, H * W, 1) if x.is_contiguous() else (C * H * W, 1, C)
 
 
-def _fits(x: Tensor, groups: int) -> tuple[int, int] | None:
-    """Channels and pixels of a tile that holds a whole group, or None where it must be split."""
-    tile = power_of_two(x.shape[1] // groups, 1 << 30), power_of_two(x.shape[2] * x.shape[3], 1 << 30)
-    return tile if x.is_contiguous() and tile[0] * tile[1] <= HELD else None
-
-
-def _warps(elements: int) -> int:
-    """About sixteen elements a thread."""
-    return min(max(elements // 512, 4), 32)
-
-
 def _tiles(x: Tensor) -> tuple[tuple[int, int, int], int]:
     """Grid of (sample, channel block, chunk of pixels), and the number of chunks."""
     N, C, H, W = x.shape
@@ -230,21 +165,15 @@ def _join(total: Tensor, squares: Tensor, pixels: int, groups: int, eps: float) 
 def _group_norm_act(x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float, silu: bool):
     x, a, b = _dense(x), a.contiguous(), b.contiguous()
     N, C, H, W = x.shape
-    y, tile, options = torch.empty_like(x), _fits(x, groups), {"ACC": accumulator(x)}
+    y = torch.empty_like(x)
     mean, rstd = (torch.empty(N, groups, dtype=full_dtype(x), device=x.device) for _ in range(2))
     if x.numel() == 0:
         return y, mean, rstd
     shape = C, H * W, *_strides(x)
     with on_device(x):
-        if tile:
-            _held[(N * groups,)](
-                x, a, b, y, mean, rstd, *shape, groups, C // groups, eps,
-                SILU=silu, BLOCK_C=tile[0], BLOCK_P=tile[1], num_warps=_warps(tile[0] * tile[1]), **options,
-            )  # fmt: skip
-            return y, mean, rstd
         grid, chunks = _tiles(x)
         total, squares = (torch.empty(N, chunks, C, dtype=full_dtype(x), device=x.device) for _ in range(2))
-        options |= {"BLOCK_C": TILE_C, "BLOCK_P": TILE_P}
+        options = {"ACC": accumulator(x), "BLOCK_C": TILE_C, "BLOCK_P": TILE_P}
         _sums[grid](x, total, squares, *shape, chunks, **options)
         mean, rstd = (v.contiguous() for v in _join(total, squares, H * W, groups, eps))
         _write[grid](x, a, b, y, mean, rstd, *shape, groups, C // groups, SILU=silu, **options)
@@ -269,21 +198,14 @@ def _group_norm_act_backward(
     x, a, b = _dense(x), a.contiguous(), b.contiguous()
     g = g.contiguous() if x.is_contiguous() else g.contiguous(memory_format=torch.channels_last)
     N, C, H, W = x.shape
-    dx, tile, options = torch.empty_like(x), _fits(x, groups), {"ACC": accumulator(x), "SILU": silu}
-    da, db = (torch.empty(N, C, dtype=full_dtype(x), device=x.device) for _ in range(2))
+    dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx, torch.zeros_like(a), torch.zeros_like(b)
     shape = C, H * W, *_strides(x), groups, C // groups
     with on_device(x):
-        if tile:
-            _held_backward[(N * groups,)](
-                g, x, a, b, mean, rstd, dx, da, db, *shape,
-                BLOCK_C=tile[0], BLOCK_P=tile[1], num_warps=_warps(tile[0] * tile[1]), **options,
-            )  # fmt: skip
-            return dx, da.to(a.dtype), db.to(b.dtype)
         grid, chunks = _tiles(x)
         parts_a, parts_b = (torch.empty(N, chunks, C, dtype=full_dtype(x), device=x.device) for _ in range(2))
-        options |= {"BLOCK_C": TILE_C, "BLOCK_P": TILE_P}
+        options = {"ACC": accumulator(x), "SILU": silu, "BLOCK_C": TILE_C, "BLOCK_P": TILE_P}
         first = g, x, a, b, mean, rstd, dx, parts_a, parts_b
         _backward_tile[grid](*first, mean, rstd, *shape, chunks, SUMS=True, **options)
         da, db = parts_a.sum(1), parts_b.sum(1)
@@ -314,9 +236,9 @@ torch.library.register_autograd("minipref::group_norm_act", _grads, setup_contex
 # ------------------------------------------------------------------------------------------------ dispatch
 
 
-def pays(x: Tensor, groups: int) -> bool:
+def pays(x: Tensor) -> bool:
     """Where the saved passes outweigh the launches: a prediction from byte counts, large feature maps only."""
-    return x.ndim == 4 and large(x, LARGE if _fits(x, groups) else SPLIT)
+    return x.ndim == 4 and large(x, SPLIT)
 
 
 def group_norm_act(
@@ -333,14 +255,6 @@ def group_norm_act(
         raise ValueError(f"group_norm_act: {x.shape[1]} channels cannot be split into {groups} groups")
     if act not in ACTIVATIONS:
         raise ValueError(f"group_norm_act: act={act!r}; choose {', '.join(ACTIVATIONS)}")
-    if use_triton(impl, "group_norm_act", [x, a, b], pays(x, groups)):
+    if use_triton(impl, "group_norm_act", [x, a, b], pays(x)):
         return _group_norm_act(x, a, b, groups, eps, act == "silu")[0]
     return group_norm_act_reference(x, a, b, groups, eps, act)
-
-
-def apply_group_norm(norm: nn.GroupNorm, x: Tensor, act: str = "silu", *, impl: str = "auto") -> Tensor:
-    """act(norm(x)) with a module's weights: fused where that pays, else PyTorch's own operations."""
-    if norm.affine and use_triton(impl, "apply_group_norm", [x, norm.weight], pays(x, norm.num_groups)):
-        a, b = (v.expand(len(x), -1) for v in (norm.weight, norm.bias))
-        return group_norm_act(x, a, b, norm.num_groups, norm.eps, act, impl="triton")
-    return F.silu(norm(x)) if act == "silu" else norm(x)

@@ -24,6 +24,45 @@ from .common import accumulator, full_dtype, large, on_device, power_of_two, tl,
 # ------------------------------------------------------------------------------------------------ the specification
 
 
+def same_shape(name: str, **tensors: Tensor) -> None:
+    """ValueError that names all shapes, where they differ."""
+    shapes = {k: tuple(v.shape) for k, v in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"{name}: shapes differ: " + ", ".join(f"{k} {v}" for k, v in shapes.items()))
+
+
+def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error per sample in the network's own prediction space: (B, …) -> (B,)  (Ho et al. 2020, Eq. 14).
+
+    Half precision is widened to fp32 first.
+    """
+    same_shape("denoising_loss", prediction=prediction, target=target)
+    full = full_dtype(prediction)
+    return (prediction.to(full) - target.to(full)).square().flatten(1).mean(1)
+
+
+def preference_margin(theta_ref: Tensor, base_ref: Tensor, theta_gen: Tensor, base_gen: Tensor) -> Tensor:
+    """l = (base − theta)_ref − (base − theta)_gen: how much more the training has improved on the reference than on
+    the generated picture (RPO Eq. 7).
+
+    All (B,): a mean squared error per sample (`denoising_loss`) each, so that beta means the same at every size.
+    """
+    same_shape("preference_margin", theta_ref=theta_ref, base_ref=base_ref, theta_gen=theta_gen, base_gen=base_gen)
+    return (base_ref - theta_ref) - (base_gen - theta_gen)
+
+
+def preference_loss(margin: Tensor, label: Tensor, beta: float) -> Tensor:
+    """−[y·log sigmoid(beta·l) + (1 − y)·log sigmoid(−beta·l)] per pair, then the mean (RPO Eq. 7, Bradley–Terry).
+
+    margin (B,), label y (B,) in [0, 1]: the probability, or a draw, of "the reference is preferred". y = 1 is
+    Diffusion-DPO (Wallace et al. 2023, our beta is half of theirs). Its gradient is beta·(sigmoid(beta·l) − y)·grad l:
+    with y near ½ it pulls beta·l towards logit(y), near the base model.
+    """
+    same_shape("preference_loss", margin=margin, label=label)
+    y, logit = label.to(margin.dtype), beta * margin
+    return -(y * F.logsigmoid(logit) + (1 - y) * F.logsigmoid(-logit)).mean()
+
+
 def preference_loss_reference(
     pred_ref: Tensor,
     pred_gen: Tensor,
@@ -35,16 +74,9 @@ def preference_loss_reference(
     beta: float,
 ) -> tuple[Tensor, Tensor]:
     """Predictions and targets (B, C, H, W), label (B,) in [0, 1] -> loss (), margin (B,), fp32 (fp64 for fp64)."""
-    full = full_dtype(pred_ref)
-
-    def error(prediction: Tensor, target: Tensor) -> Tensor:
-        return (prediction.to(full) - target.to(full)).square().flatten(1).mean(1)
-
-    margin = (error(base_ref, target_ref) - error(pred_ref, target_ref)) - (
-        error(base_gen, target_gen) - error(pred_gen, target_gen)
-    )
-    y, pulled = label.to(full), beta * margin
-    return -(y * F.logsigmoid(pulled) + (1 - y) * F.logsigmoid(-pulled)).mean(), margin
+    pairs = (pred_ref, target_ref), (base_ref, target_ref), (pred_gen, target_gen), (base_gen, target_gen)
+    margin = preference_margin(*(denoising_loss(prediction, target) for prediction, target in pairs))
+    return preference_loss(margin, label, beta), margin
 
 
 # ------------------------------------------------------------------------------------------------ Triton

@@ -2,24 +2,23 @@
 
 Configuration names and state-dict keys are those of diffusers' `UNet2DConditionModel`: published weights
 load here, ours load there. One class serves the toy preset and Stable Diffusion; only `UNetConfig` differs.
+
+Shapes: B batch · C channels · H,W spatial · N tokens · L text tokens · D text width · E time-embedding width.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import apply_group_norm
-from .layers import (
-    Downsample2D,
-    ResnetBlock2D,
-    TimestepEmbedding,
-    Transformer2DModel,
-    Upsample2D,
-    timestep_embedding,
-)
+from ..kernels import geglu, group_norm_act
+from ..kernels.common import Decision
+from ..kernels.geglu import pays as geglu_pays
+from ..kernels.group_norm_act import pays as group_norm_pays
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,178 @@ class UNetConfig:
         return (h,) * len(self.block_out_channels) if isinstance(h, int) else tuple(h)
 
 
+def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> Tensor:
+    """Sinusoidal embedding of the diffusion time (Ho et al. 2020; Vaswani et al. 2017).
+
+    t (B,) -> (B, dim), fp32. `flip_sin_to_cos` puts the cosines first, as Stable Diffusion does.
+    """
+    half = dim // 2
+    freqs = torch.exp(
+        -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    )
+    angles = t.float()[:, None] * freqs[None]  # (B, half)
+    parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
+    emb = torch.cat(parts, dim=1)
+    return F.pad(emb, (0, 1)) if dim % 2 else emb  # (B, dim)
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim_in, dim_out)
+        self.linear_2 = nn.Linear(dim_out, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class GroupNormAct(nn.GroupNorm):
+    """GroupNorm and an activation, "silu" or "identity": fused where that pays, else PyTorch's own operations."""
+
+    def __init__(self, groups: int, channels: int, eps: float, act: str = "silu"):
+        super().__init__(groups, channels, eps)
+        self.act, self.fused = act, Decision(group_norm_pays)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused(x):
+            a, b = (v.expand(len(x), -1) for v in (self.weight, self.bias))
+            return group_norm_act(x, a, b, self.num_groups, self.eps, self.act)
+        return F.silu(super().forward(x)) if self.act == "silu" else super().forward(x)
+
+
+class ResnetBlock2D(nn.Module):
+    """GroupNorm → SiLU → conv, + time, GroupNorm → SiLU → conv, + shortcut."""
+
+    def __init__(self, c_in: int, c_out: int, time_dim: int, groups: int, eps: float):
+        super().__init__()
+        self.norm1 = GroupNormAct(groups, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, c_out)
+        self.norm2 = GroupNormAct(groups, c_out, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(self.norm1(x))
+        h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        h = self.conv2(self.norm2(h))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention; self-attention where no context is given. Queries, keys and values carry no bias."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"attention over {dim} channels cannot be split into {heads} heads")
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        # diffusers keeps a dropout at index 1 of to_out; it has no parameters.
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            proj(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or L, C/heads)
+            for proj, source in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        )
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, N, C)
+
+
+class GEGLU(nn.Module):
+    """h, gate = x W + b;  h · gelu(gate)  (Shazeer 2020, erf form)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * hidden)
+        self.fused = Decision(geglu_pays)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.proj(x)
+        return geglu(h, impl="auto" if self.fused(h) else "torch")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; each pre-normed and residual."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, context_dim, heads)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    """A transformer block over the H·W positions of a feature map, with a residual around it."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int, groups: int, use_linear_projection: bool):
+        super().__init__()
+        self.use_linear = use_linear_projection
+        self.norm = GroupNormAct(groups, channels, 1e-6, "identity")  # 1e-6 here, 1e-5 elsewhere: as published
+        make = nn.Linear if use_linear_projection else (lambda i, o: nn.Conv2d(i, o, 1))
+        self.proj_in = make(channels, channels)
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, context_dim, heads)])
+        self.proj_out = make(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
+        h = self.norm(x)
+        if not self.use_linear:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # (B, H·W, C)
+        if self.use_linear:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.use_linear:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
+        if not self.use_linear:
+            h = self.proj_out(h)
+        return x + h
+
+
+class Downsample2D(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour enlargement to `size` (the next skip's, so that odd sizes fit), then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
 class _Block(nn.Module):
     """Residual blocks, each followed by a transformer where the block type has cross-attention."""
 
@@ -95,14 +266,12 @@ class _DownBlock(_Block):
         if downsample:
             self.downsamplers = nn.ModuleList([Downsample2D(c_out)])
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> list[Tensor]:
-        skips = []
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        skips: tuple[Tensor, ...] = ()
         for i in range(len(self.resnets)):
             x = self.layer(i, x, emb, context)
-            skips.append(x)
-        if hasattr(self, "downsamplers"):
-            skips.append(self.downsamplers[0](x))
-        return skips  # the last one goes on down
+            skips += (x,)
+        return (*skips, self.downsamplers[0](x)) if hasattr(self, "downsamplers") else skips  # the last goes on down
 
 
 class _UpBlock(_Block):
@@ -111,12 +280,16 @@ class _UpBlock(_Block):
         if upsample:
             self.upsamplers = nn.ModuleList([Upsample2D(c_out)])
 
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, skips: tuple[Tensor, ...], emb: Tensor, context: Tensor, size: tuple[int, int] | None
+    ) -> Tensor:
+        """`skips`: this block's own, the last made first read; `size`: height and width to enlarge to, None at the top.
+
+        Nothing is taken off a caller's list: recomputing the block (checkpointing) reads the same skips again.
+        """
         for i in range(len(self.resnets)):
-            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), emb, context)
-        if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x, skips[-1].shape[-2:])
-        return x
+            x = self.layer(i, torch.cat([x, skips[-1 - i]], dim=1), emb, context)
+        return x if size is None else self.upsamplers[0](x, size)
 
 
 class _MidBlock(nn.Module):
@@ -166,7 +339,7 @@ class UNet(nn.Module):
                 below = widths[level]
             self.up_blocks.append(_UpBlock(cfg, widths_in, widths[level], block_heads, level > 0))
 
-        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, widths[0], eps=cfg.norm_eps)
+        self.conv_norm_out = GroupNormAct(cfg.norm_num_groups, widths[0], cfg.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], cfg.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -186,10 +359,12 @@ class UNet(nn.Module):
         )
         emb = self.time_embedding(emb.to(x.dtype))  # (B, E)
         x = self.conv_in(x)
-        skips = [x]
+        skips: tuple[Tensor, ...] = (x,)
         for block in self.down_blocks:
             skips += block(skips[-1], emb, context)
         x = self.mid_block(skips[-1], emb, context)
+        n = cfg.layers_per_block + 1
         for block in self.up_blocks:
-            x = block(x, skips, emb, context)
-        return self.conv_out(apply_group_norm(self.conv_norm_out, x))
+            skips, own = skips[:-n], skips[-n:]
+            x = block(x, own, emb, context, skips[-1].shape[-2:] if skips else None)
+        return self.conv_out(self.conv_norm_out(x))

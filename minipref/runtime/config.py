@@ -16,10 +16,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+MOST = 1_000_000_000  # upper limit of a number that has none of its own
 
 
 def opt(default: Any, help: str, *, lo: float | None = None, hi: float | None = None, choices: tuple | None = None):
-    """A field with its meaning, and the values that it allows (bounds included)."""
+    """A field with its meaning, and the values that it allows (bounds included); every number has an upper limit."""
+    if hi is None and isinstance(default, (int, float)) and not isinstance(default, bool):
+        hi = MOST
     return dataclasses.field(default=default, metadata={"help": help, "lo": lo, "hi": hi, "choices": choices})
 
 
@@ -50,9 +53,19 @@ def validate(config: Any) -> None:
 
 
 def parse(
-    cls: type[Config], argv: list[str] | None, *, prog: str, description: str, presets: dict[str, dict] | None = None
+    cls: type[Config],
+    argv: list[str] | None,
+    *,
+    prog: str,
+    description: str,
+    presets: dict[str, dict] | None = None,
+    renamed: dict[str, str] | None = None,
 ) -> Config:
-    """The configuration that a command line asks for. A wrong flag or value ends in one line and exit code 2."""
+    """The configuration that a command line asks for. A wrong flag or value ends in one line and exit code 2.
+
+    Where there are `presets`, one must be named; its name is the field `preset`. `renamed`: old name of a field ->
+    today's; an old flag is answered by it.
+    """
     presets = presets or {}
     parser = _OneLineParser(prog=prog, description=description, allow_abbrev=False)
     if presets:
@@ -61,17 +74,26 @@ def parse(
             parser.add_argument(f"--{name}", dest="preset", action="store_const", const=name, help=f"--preset {name}")
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.name == "preset":
+            continue
         flag, kind = "--" + f.name.replace("_", "-"), _scalar(hints[f.name])
         text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__.upper())
+    own = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for flag in (a.partition("=")[0] for a in (sys.argv[1:] if argv is None else argv)):
+        old = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+        if old not in own and (new := (renamed or {}).get(old.removeprefix("no_"))):
+            parser.exit(2, f"{prog}: {flag}: now --{new.replace('_', '-')}\n")
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if value == "":  # a shell variable that is not set, most often
             parser.exit(2, f"{prog}: --{name.replace('_', '-')}: an empty value; leave the flag out\n")
-    preset = given.pop("preset", None)
+    preset = given.get("preset")
+    if presets and not preset:
+        parser.exit(2, f"{prog}: name a preset: {', '.join(f'--{name}' for name in presets)}; --help lists the flags\n")
     config = cls(**{**(presets[preset] if preset else {}), **given})
     try:
         validate(config)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from tqdm import tqdm
 
+from .. import __version__
 from .checkpoint import atomic_write
 
 
@@ -42,13 +45,14 @@ def read_json(path: Path) -> dict:
 class RunFolder:
     """Creates the folder and writes into it; nothing that lies there is ever overwritten by another run."""
 
-    def __init__(self, out: str, default: str, config: dict):
+    def __init__(self, out: str, default: str, config: dict, script: str):
         self.path = Path(out) if out else self._free(Path(default))
         if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
             raise ValueError(f"--out {self.path}: holds something already; name another folder")
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
         self.rows: list[dict] = []
-        self.write_json("config.json", config)
+        versions = {"minipref": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        self.write_json("config.json", config | {"script": script, "versions": versions})
         (self.path / "command.txt").write_text(shlex.join(["python", *sys.argv]) + "\n", encoding="utf-8")
         (self.path / "metrics.jsonl").touch()
 
@@ -97,14 +101,6 @@ def progress(items: Iterable, description: str, leave: bool = True) -> tqdm:
     return tqdm(
         items, description, leave=leave, mininterval=10, maxinterval=10, ncols=100, file=_Lines(sys.stderr), ascii=True
     )
-
-
-def read_run(folder: str | Path) -> dict:
-    """The configuration of a finished or interrupted run."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no run lies there (config.json is missing)")
-    return read_json(path)
 
 
 def peak_memory_mb() -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,6 +16,14 @@ class SpaceToDepth:
 
     def __init__(self, factor: int = 2):
         self.factor = factor
+
+    @staticmethod
+    def with_channels(channels: int) -> SpaceToDepth:
+        """The codec whose latents have so many channels; ValueError where there is none."""
+        factor = math.isqrt(max(channels, 0) // 3)
+        if factor < 1 or 3 * factor**2 != channels:
+            raise ValueError(f"no space-to-depth codec has latents of {channels} channels (3, 12, 27, 48 …)")
+        return SpaceToDepth(factor)
 
     @property
     def channels(self) -> int:

@@ -1,4 +1,4 @@
-"""`python -m minipref tutorial 3`: runs a tutorial's code, top to bottom, and draws its figures.
+"""`python tutorials/run.py 3`: runs a tutorial's code, top to bottom, and draws its figures.
 
 A tutorial is a Markdown file of `tutorials/`. Its fences ```` ```python ```` are executed in order in one namespace.
 Fences ```` ```python exercise=2 ```` hold an exercise that checks itself: it fails until the reader fills the lines
@@ -9,6 +9,7 @@ between `# your lines` and `# check`; `--exercise 2 --answer FILE` tries the lin
 from __future__ import annotations
 
 import re
+import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -16,18 +17,19 @@ from pathlib import Path
 
 import torch
 
-from .runtime.config import opt, parse
+from minipref.runtime.config import opt, parse, run_main
 
-FOLDER = Path(__file__).resolve().parent.parent / "tutorials"
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))  # the training scripts, which tutorials import, live at the top
 YOURS, CHECK = "# your lines", "# check"
 
 
 @dataclass(frozen=True)
 class TutorialConfig:
-    number: int = opt(1, "which tutorial", lo=1)
-    exercise: int = opt(0, "try one exercise; 0: run the tutorial", lo=0)
+    number: int = opt(1, "which tutorial (the flag's name may be left out)", lo=1, hi=8)
+    exercise: int = opt(0, "try one exercise; 0: run the tutorial", lo=0, hi=99)
     answer: str = opt("", "file with your lines for the exercise; empty: our solution")
-    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0)
+    threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,6 @@ class Fence:
 
 def find(number: int) -> Path:
     """The file of tutorial `number`; ValueError that lists what there is."""
-    if not FOLDER.is_dir():
-        raise FileNotFoundError(
-            f"{FOLDER}: no such folder; the tutorials are part of a clone, not of the installed package"
-        )
     found = sorted(FOLDER.glob(f"{number}_*.md"))
     if not found:
         there = ", ".join(p.name for p in sorted(FOLDER.glob("[0-9]*_*.md")))
@@ -112,9 +110,10 @@ def try_exercise(number: int, exercise: int, answer: Path | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    if argv and argv[0].isdigit():  # `tutorial 3` for `tutorial --number 3`
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].isdigit():  # `run.py 3` for `run.py --number 3`
         argv = ["--number", *argv]
-    cfg = parse(TutorialConfig, argv, prog="minipref tutorial", description=__doc__ or "")
+    cfg = parse(TutorialConfig, argv, prog="tutorials/run.py", description=__doc__ or "")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     started, path = time.time(), find(cfg.number)
@@ -143,3 +142,7 @@ def main(argv: list[str] | None = None) -> None:
             reason = f"your lines must set {e.name!r}"
         raise ValueError(f"exercise {cfg.exercise}: {Path(file).name}:{line}: {reason}") from None
     print(f"exercise {cfg.exercise}: " + ("right" if answer else "our solution passes; try yours by --answer FILE"))
+
+
+if __name__ == "__main__":
+    run_main("tutorials/run.py", main)

@@ -1,4 +1,4 @@
-"""`python -m minipref pretrain`: the shipped weights from nothing: CLIP, then the UNet, then the reward model.
+"""`python -m minipref pretrain`: weights from nothing: CLIP, then the UNet.
 
 The base model learns from pictures of mixed quality, as web-scale data are: about half of its partial holes are filled
 carelessly. Pre-training learns what exists; alignment then chooses what people like.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,32 +17,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .collect import collect
-from .data import masks as M
-from .data import scenes as S
-from .data.rating_files import load as load_ratings
-from .data.ratings import split_for_fit
-from .data.scenes import CLIP_WORLD, HELD_OUT_WORLD, TRAIN_WORLD, world
-from .diffusion import Schedule, add_noise, target
-from .fit_reward import FitConfig, fit
-from .losses import denoising_loss
-from .models.clip import CLIP, clip_loss
-from .models.unet import UNet
-from .pipeline import Pipeline, check_text, load_clip, load_unet, pick_device, text_digest
-from .presets import SMALL_CODEC, SMALL_SCHEDULE, SMALL_UNET, small_clip, small_tokenizer
-from .runtime import checkpoint
-from .runtime.config import opt, parse
-from .runtime.runlog import progress, read_json
+from ..data import masks as M
+from ..data.prompts import prompt_seed
+from ..diffusion import Schedule, add_noise, target
+from ..losses import denoising_loss
+from ..models.clip import CLIP, clip_loss
+from ..models.tokenizer import WordTokenizer
+from ..models.unet import UNet
+from ..pipeline import check_text, load_clip, load_unet, pick_device, text_digest
+from ..presets import SMALL_CODEC, SMALL_SCHEDULE, SMALL_SIZE, SMALL_UNET, small_clip
+from ..runtime import checkpoint
+from ..runtime.config import opt, parse
+from ..runtime.runlog import progress, read_json
+from ..toy import world as S
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    out: str = opt("runs/pretrain-small", "folder for unet.pt, clip.pt and reward.pt")
+    preset: str = opt("", "named set of values; flags override it")
+    out: str = opt("runs/pretrain-small", "folder for unet.pt and clip.pt")
     seed: int = opt(0, "seed of weights, scenes and noise", lo=0, hi=999_999)
     only: str = opt(
         "all",
         "which part to train; later parts read the earlier ones from --out",
-        choices=("all", "clip", "unet", "reward"),
+        choices=("all", "clip", "unet"),
     )
     clip_steps: int = opt(6000, "updates of the CLIP-like encoders", lo=1)
     clip_batch: int = opt(192, "pictures a contrastive batch", lo=2)
@@ -58,8 +55,6 @@ class PretrainConfig:
     sloppy_share: float = opt(0.5, "share of the partial holes that are filled carelessly", lo=0, hi=1)
     full_share: float = opt(0.6, "share of full masks, that is of plain text-to-image", lo=0, hi=1)
     noisy_share: float = opt(0.7, "share of times drawn from the noisier 65 % of the schedule alone", lo=0, hi=1)
-    reward_prompts: int = opt(1536, "prompts whose completions are rated for the reward model", lo=20)
-    reward_dim: int = opt(64, "d, length of the reward model's feature z", lo=1)
     device: str = opt("cpu", "where to train: cpu, cuda or mps")
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
@@ -110,7 +105,7 @@ def clip_batch(rng: np.random.Generator, count: int, hard_share: float = 0.5) ->
 
 def clip_recall(clip: CLIP, tokenizer, seed: int, count: int = 256) -> float:
     """Share of `count` held-out pictures whose own caption is the nearest of all (recall@1)."""
-    images, texts, _ = clip_batch(np.random.default_rng([world(HELD_OUT_WORLD, seed), 1]), count, hard_share=0.0)
+    images, texts, _ = clip_batch(np.random.default_rng([prompt_seed("held out", seed), 1]), count, hard_share=0.0)
     with torch.no_grad():
         similarity = clip.encode_image(images) @ clip.encode_text(tokenizer(texts)).T
     return float((similarity.argmax(1) == torch.arange(count)).float().mean())
@@ -119,13 +114,14 @@ def clip_recall(clip: CLIP, tokenizer, seed: int, count: int = 256) -> float:
 def train_clip(cfg: PretrainConfig, out: Path, command: str) -> dict:
     """From nothing, or on from earlier weights; then the text that the UNet reads stays as it is."""
     torch.manual_seed(cfg.seed)
-    tokenizer, clip, stages, held = small_tokenizer(), CLIP(small_clip()), list[dict](), set[str]()
+    tokenizer, stages, held = WordTokenizer(S.WORDS), list[dict](), set[str]()
+    clip = CLIP(small_clip(tokenizer))
     for name, p in clip.named_parameters():  # transformers' scale of embeddings; torch's default 1 is far too large
         if "embedding" in name:
             torch.nn.init.normal_(p, std=0.02)
     if cfg.start_from:
         earlier, tokenizer = load_clip(Path(cfg.start_from) / "clip.pt")
-        if earlier.config != clip.config or tokenizer.words != small_tokenizer().words:
+        if earlier.config != clip.config or tokenizer.words != S.WORDS:
             raise ValueError(f"{cfg.start_from}/clip.pt: is configured differently from the small preset")
         clip.load_state_dict(earlier.state_dict())
         held = {f"text_model.{name}" for name in clip.context_state()}
@@ -135,7 +131,7 @@ def train_clip(cfg: PretrainConfig, out: Path, command: str) -> dict:
         p.requires_grad_(name not in held)
     trained = [p for p in clip.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=cfg.clip_lr, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
-    rng = np.random.default_rng(world(CLIP_WORLD, cfg.seed))
+    rng = np.random.default_rng(prompt_seed("clip", cfg.seed))
     start, bar = time.time(), progress(range(cfg.clip_steps), "CLIP")
     for step in bar:
         optimiser.param_groups[0]["lr"] = cfg.clip_lr * warmup_cosine(step, cfg.clip_steps)
@@ -181,7 +177,7 @@ def unet_batch(rng: np.random.Generator, cfg: PretrainConfig) -> tuple[Tensor, T
     without a caption: inpainting prompts are empty, as PrefPaint's are.
     """
     n = cfg.unet_batch
-    masks, kinds = M.random_masks(rng, n, S.SIZE, mask_shares(cfg.full_share))
+    masks, kinds = M.random_masks(rng, n, SMALL_SIZE, mask_shares(cfg.full_share))
     full = np.array([k == "full" for k in kinds])
     of_text, of_world = (TEXT_TWO_SHARE, TEXT_PLAIN_SHARE), (S.SECOND_OBJECT_SHARE, S.PLAIN_SHARE)
     batch = [S.random_scene(rng, S.COLOURS, *(of_text if f else of_world)) for f in full]
@@ -228,8 +224,8 @@ def train_unet(cfg: PretrainConfig, out: Path, command: str) -> dict:
     unet = unet.to(memory_format=torch.channels_last).to(cfg.device).train()  # type: ignore[call-overload]
     average = {k: v.detach().clone() for k, v in unet.state_dict().items()}
     optimiser = torch.optim.AdamW(unet.parameters(), lr=cfg.unet_lr, weight_decay=0.01, fused=True)
-    rng = np.random.default_rng([world(TRAIN_WORLD, cfg.seed), len(stages)])
-    noise_generator = torch.Generator().manual_seed(world(TRAIN_WORLD, cfg.seed) + len(stages) * 1_000_000_007)
+    rng = np.random.default_rng([prompt_seed("train", cfg.seed), len(stages)])
+    noise_generator = torch.Generator().manual_seed(prompt_seed("train", cfg.seed) + len(stages) * 1_000_000_007)
     start, recent, bar = time.time(), 0.0, progress(range(cfg.unet_steps), "UNet")
 
     settings = {k: v for k, v in asdict(cfg).items() if k in UNET_SETTINGS}
@@ -270,18 +266,6 @@ def train_unet(cfg: PretrainConfig, out: Path, command: str) -> dict:
     return {"loss": recent, "stages": done, "seconds": sum(s["seconds"] for s in done)}
 
 
-def train_reward(cfg: PretrainConfig, out: Path, command: str) -> dict:
-    """What `train_reward.py --small` does, with the base model that was just trained; its ratings are not kept."""
-    start, pipe, fit_cfg = time.time(), Pipeline.load(out, cfg.device), FitConfig(seed=cfg.seed, dim=cfg.reward_dim)
-    with tempfile.TemporaryDirectory() as folder:
-        collect(folder, pipe, pipe.unet, seed=cfg.seed, start=0, prompts=cfg.reward_prompts)
-        rated, _ = load_ratings(folder, S.SIZE)
-    model, _, figures = fit(split_for_fit(rated, cfg.seed, cfg.reward_dim), fit_cfg, pipe)
-    figures |= {"rated": len(rated), "seconds": time.time() - start}
-    model.save(out / "reward.pt", {"seed": cfg.seed, **figures})
-    return figures
-
-
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(PretrainConfig, argv, prog="minipref pretrain", description=__doc__ or "", presets=PRESETS)
     if cfg.threads:
@@ -292,15 +276,20 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--start-from needs --only clip or --only unet (which reads the clip.pt in --out)")
     if cfg.start_from and out.resolve() == Path(cfg.start_from).resolve():
         raise ValueError("--out and --start-from are the same folder: the earlier weights would be lost")
-    for part in ("clip", "unet", "reward"):
+    for part in ("clip", "unet"):
         if cfg.only in ("all", part) and (out / f"{part}.pt").exists():
             raise ValueError(f"--out {out}: holds a {part}.pt already; name another folder, or move it away")
     out.mkdir(parents=True, exist_ok=True)
     figures, command = read_json(out / "pretrain.json"), shlex.join(sys.argv[1:] if argv is None else argv)
-    for part, train in (("clip", train_clip), ("unet", train_unet), ("reward", train_reward)):
+    for part, train in (("clip", train_clip), ("unet", train_unet)):
         if cfg.only in ("all", part):
             figures[part] = {"command": f"python -m minipref pretrain {command}"}
             figures[part] |= train(cfg, out, figures[part]["command"])
             text = json.dumps(figures, indent=1) + "\n"
             checkpoint.atomic_write(out / "pretrain.json", lambda p, text=text: p.write_text(text))
             print(part, json.dumps(figures[part]))
+    rewarded = out.with_name(f"{out.name}-reward")
+    print(
+        f"these weights have no reward model yet: python train_reward.py --small --weights {out} --out {rewarded}; "
+        f"then python train_rl.py --small --weights {out} --reward model:{rewarded}"
+    )

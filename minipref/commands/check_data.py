@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from .data import rating_files
-from .data import ratings as R
-from .data.annotator import HIGHEST, LOWEST
-from .data.folders import read_folder
-from .data.scenes import SIZE
-from .runtime.config import opt, parse
+from ..data import rating_files
+from ..data.pictures import read_folder
+from ..data.ratings import HIGHEST, LOWEST, lonely, split_for_fit
+from ..presets import SMALL_SIZE
+from ..runtime.config import opt, parse
+from ..toy.world import shown_scene
 
 MARKS = ("ratings.jsonl", "ratings*/ratings.jsonl", "inpaint")  # what a folder of ratings holds
 SHOWN = 20  # problems that are listed
@@ -26,8 +26,8 @@ SHOWN = 20  # problems that are listed
 @dataclass(frozen=True)
 class CheckConfig:
     path: str = opt("", "folder of pictures or of ratings, or a ratings file (the flag's name may be left out)")
-    score_lo: float = opt(LOWEST, "lowest score of the raters")
-    score_hi: float = opt(HIGHEST, "highest score of the raters")
+    score_lo: float = opt(LOWEST, "lowest score of the raters", lo=-1e9)
+    score_hi: float = opt(HIGHEST, "highest score of the raters", lo=-1e9)
 
 
 def counted(names: list[str]) -> str:
@@ -36,7 +36,7 @@ def counted(names: list[str]) -> str:
 
 def check_ratings(path: Path, low: float, high: float) -> tuple[list[str], list[str]]:
     """Lines about a folder of ratings, and its problems."""
-    r, problems = rating_files.load(path, SIZE, low, high)
+    r, problems = rating_files.load(path, SMALL_SIZE, low, high, truth=shown_scene)
     labels, sizes = r.labels, r.groups.unique(return_counts=True)[1]
     lines = [
         f"{path}: ratings",
@@ -54,10 +54,10 @@ def check_ratings(path: Path, low: float, high: float) -> tuple[list[str], list[
         )
     else:
         lines.append("one rater a picture: how noisy raters are cannot be told, the residuals must serve")
-    if lonely := R.lonely(r.groups):
-        lines.append(f"{lonely} prompts have a single rated picture: nothing says which completion of them is better")
+    if alone := lonely(r.groups):
+        lines.append(f"{alone} prompts have a single rated picture: nothing says which completion of them is better")
     try:
-        split = R.split_for_fit(r, 0, 1)
+        split = split_for_fit(r, 0, 1)
         lines.append(f"the last layer would be solved for on {len(split['ridge'])} of them: --dim must be smaller")
     except ValueError as e:
         problems.append(f"{path}: {e}")
@@ -66,13 +66,13 @@ def check_ratings(path: Path, low: float, high: float) -> tuple[list[str], list[
 
 def check_pictures(path: Path) -> tuple[list[str], list[str]]:
     """Lines about a folder of pictures, and its problems."""
-    images, files, skipped = read_folder(path, SIZE)
+    images, files, skipped = read_folder(path, SMALL_SIZE)
     flat = [str(f) for f, x in zip(files, images) if float(x.flatten(1).std(1).max()) < 1e-3]
     kinds, folders = counted([f.suffix.lower() for f in files]), len({f.parent for f in files})
     lines = [
         f"{path}: pictures",
         f"{len(files)} readable ({kinds}) in {folders} folders",
-        f"mean brightness {float(images.mean()):.2f}, seen at {SIZE}×{SIZE} pixels",
+        f"mean brightness {float(images.mean()):.2f}, seen at {SMALL_SIZE}×{SMALL_SIZE} pixels",
     ]
     twins = Counter(hash(x.numpy().tobytes()) for x in images)
     if repeated := sum(n - 1 for n in twins.values()):

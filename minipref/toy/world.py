@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.prompts import Prompts, PromptSource, outpainting_masks, prompt_seed
+
 SIZE = 32  # pixels, height and width
 OVERSAMPLE = 4  # a scene is drawn at SIZE·OVERSAMPLE and averaged down
 
@@ -115,16 +117,16 @@ def random_scene(
     return Scene(background, (replace(a, x=left), replace(b, x=SIZE - left)))
 
 
-# One world of scenes for each purpose, drawn independently. There are finitely many scenes: most of one thing in a
-# held-out world also turn up in a long training; scenes of two things, or a scene together with its mask, seldom do.
-TRAIN_WORLD, CLIP_WORLD, REWARD_WORLD, RL_WORLD, HELD_OUT_WORLD = range(1, 6)
+# Each purpose has a world of its own (data/prompts.py:prompt_seed). There are finitely many scenes: most of one thing
+# in a held-out world also turn up in a long training; scenes of two things, or a scene with its mask, seldom do.
 
 
-def world(purpose: int, seed: int = 0) -> int:
-    """The scene seed of one purpose; `seed` chooses among its worlds (below a million, so that none meet)."""
-    if not 0 <= seed < 1_000_000:
-        raise ValueError(f"seed {seed}: choose 0 to 999999")
-    return purpose * 1_000_003 + seed
+def check_size(size: int) -> None:
+    """The toy world is drawn at one size: a model of another cannot complete it."""
+    if size != SIZE:
+        raise ValueError(
+            f"the toy world has pictures of {SIZE} pixels and this model has {size}: name your own (--data)"
+        )
 
 
 def scene(seed: int, index: int) -> Scene:
@@ -134,6 +136,28 @@ def scene(seed: int, index: int) -> Scene:
 
 def scenes(seed: int, start: int, count: int) -> list[Scene]:
     return [scene(seed, i) for i in range(start, start + count)]
+
+
+def scene_prompts(seed: int, start: int, count: int, size: int = SIZE) -> Prompts:
+    """Toy prompts number `start` … of the world `seed`, with PrefPaint's outpainting masks, empty texts and their
+    scenes as truth. A `size` other than the world's is refused."""
+    check_size(size)
+    batch, (masks, kinds) = scenes(seed, start, count), outpainting_masks(seed, start, count, SIZE)
+    return Prompts(draw(batch), masks, [""] * count, kinds, batch)
+
+
+def prompt_source(purpose: str, seed: int, size: int) -> PromptSource:
+    """Toy prompts of one purpose, for a model whose pictures have `size` pixels."""
+    check_size(size)
+    return lambda start, count: scene_prompts(prompt_seed(purpose, seed), start, count, size)
+
+
+def shown_scene(place: tuple[int, int], masked: Tensor, mask: Tensor) -> Scene:
+    """The scene (seed, number) that a rating names; ValueError where its known pixels are not the masked picture's."""
+    known = (mask < 0.5).expand_as(masked)
+    if not torch.allclose(draw([scene(*place)])[0][known], masked[known], atol=1 / 255):
+        raise ValueError(f"scene {list(place)} is not what its masked picture shows: rated in another toy world")
+    return scene(*place)
 
 
 # ---------------------------------------------------------------------------------------------- drawing

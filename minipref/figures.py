@@ -21,7 +21,7 @@ def rl_grid(path: Path, prompts: Prompts, before: Tensor, after: Tensor, epoch: 
         ("before", before[:SHOWN]),
         ("aligned" if epoch is None else f"after {epoch} epochs", after[:SHOWN]),
     ]
-    if prompts.scenes:
+    if prompts.truth:
         rows.append(("true scene", prompts.images[:SHOWN]))
     save(grid(rows, cell=96), path)
 

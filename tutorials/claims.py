@@ -1,4 +1,4 @@
-"""`python -m minipref claims`: what the papers claim, measured again in the toy world, as Markdown.
+"""`python tutorials/claims.py`: what the papers claim, measured again in the toy world, as Markdown.
 
 `--study rpo` varies `train_rpo.py` over subjects and seeds, `--study rl` the trust weight of `train_rl.py` over
 seeds. Each run has one thread, `--jobs` run at a time. Finished runs are kept in `--out` and not run again, so that a
@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .metrics import t_interval
-from .runtime.config import opt, parse
-from .runtime.runlog import progress
+from minipref.metrics import t_interval
+from minipref.runtime.config import opt, parse, run_main
+from minipref.runtime.runlog import progress
 
 # Name of a variant -> its flags. From the first one the others differ in one thing each, but for the paper's labels.
 RPO = {
@@ -88,7 +88,7 @@ class ClaimsConfig:
 
 
 OWN = ("--subject", "--seed", "--patience", "--guard", "--eval-every", "--out", "--threads")  # flags the study sets
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 Summaries = dict[str, dict[tuple[int, int], dict]]  # variant -> (subject, seed) -> summary.json
 
@@ -97,7 +97,7 @@ def provenance() -> str:
     """A digest of all code and weights that a run depends on."""
     digest = hashlib.sha256()
     for path in [ROOT / "train_rl.py", ROOT / "train_rpo.py", *sorted((ROOT / "minipref").rglob("*"))]:
-        if path.suffix in (".py", ".pt") and path != Path(__file__):
+        if path.suffix in (".py", ".pt"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -147,7 +147,7 @@ def run_rpo(cfg: ClaimsConfig, variants: dict[str, str]) -> Summaries:
     if "RPO" in found and "similarity only" in found:
         steps = {case: s["best_step"] for case, s in found["RPO"].items()}
         # At least one update, where RPO's best is the base itself.
-        found |= runs([(STOPPED, case, f"--mode similarity --steps {max(1, n)}") for case, n in steps.items()])
+        found |= runs([(STOPPED, case, f"--mode similarity --updates {max(1, n)}") for case, n in steps.items()])
     return found
 
 
@@ -217,13 +217,13 @@ def table(found: Summaries) -> str:
     return "\n".join([*lines, "", "Single runs:", "", *rows(head, single)])
 
 
-def arrival(rows: list[dict], goal: float) -> float:
-    """The epoch, interpolated, at which the held-out reward first reaches `goal`; the last one where it never does."""
+def arrival(rows: list[dict], goal: float) -> tuple[float, bool]:
+    """The epoch, interpolated, at which the held-out reward first reaches `goal`, and True; else the last and False."""
     seen = [(r["epoch"], r["eval_reward"]) for r in rows if "eval_reward" in r]
     for (e0, r0), (e1, r1) in zip(seen, seen[1:]):
         if r1 >= goal:
-            return e0 + (e1 - e0) * max(0.0, (goal - r0) / (r1 - r0)) if r1 > r0 else float(e0)
-    return float(seen[-1][0])
+            return (e0 + (e1 - e0) * max(0.0, (goal - r0) / (r1 - r0)) if r1 > r0 else float(e0)), True
+    return float(seen[-1][0]), False
 
 
 def rl_table(cfg: ClaimsConfig, variants: dict[str, str]) -> str:
@@ -236,7 +236,7 @@ def rl_table(cfg: ClaimsConfig, variants: dict[str, str]) -> str:
         reward = [r["eval_reward"] for r in run["rows"] if "eval_reward" in r]
         goal = reward[0] + 0.9 * (reward[-1] - reward[0])
         for runs in found.values():
-            runs[i]["arrival"] = arrival(runs[i]["rows"], goal)
+            runs[i]["arrival"], runs[i]["arrived"] = arrival(runs[i]["rows"], goal)
     values = {k: {m: torch.tensor([float(r[m]) for r in runs]) for m in RL_MEASURES} for k, runs in found.items()}
     head = ["| | " + " | ".join(RL_MEASURES.values()) + " |", "|---" * (1 + len(RL_MEASURES)) + "|"]
     lines = head + [f"| {k} | " + " | ".join(map(_cell, v.values())) + " |" for k, v in values.items()]
@@ -244,11 +244,13 @@ def rl_table(cfg: ClaimsConfig, variants: dict[str, str]) -> str:
     for before, name in combinations(values, 2):
         apart = [values[name][m] - values[before][m] for m in RL_MEASURES]
         lines.append(f"| {name} − {before} | " + " | ".join(_cell(a, signed=True) for a in apart) + " |")
+    arrived = [f"{name} {sum(r['arrived'] for r in runs)} of {n}" for name, runs in found.items()]
+    lines += ["", f"Runs that arrived (the others count as arriving at their last epoch): {', '.join(arrived)}."]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(ClaimsConfig, argv, prog="minipref claims", description=__doc__ or "")
+    cfg = parse(ClaimsConfig, argv, prog="tutorials/claims.py", description=__doc__ or "")
     cfg = replace(cfg, out=cfg.out or f"runs/claims-{cfg.study}")
     known = RPO if cfg.study == "rpo" else RL
     chosen = [n.strip() for n in cfg.only.split(";") if n.strip()] or list(known)
@@ -272,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--out {out}: its runs were made by other code or weights; choose another folder")
     before.write_text(made_by)
     variants = {n: known[n] for n in known if n in chosen}
-    command = f"`python -m minipref claims {shlex.join(sys.argv[2:] if argv is None else argv)}`"
+    command = f"`python tutorials/claims.py {shlex.join(sys.argv[1:] if argv is None else argv)}`"
     if cfg.study == "rpo":
         seeds = f"{cfg.seeds} seeds" if cfg.seeds > 1 else "1 seed"
         title = f"# RPO on {cfg.subjects} toy subjects, {seeds} each ({cfg.subjects * cfg.seeds} runs a line)"
@@ -288,3 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     text = "\n".join(lines)
     (out / "claims.md").write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+if __name__ == "__main__":
+    run_main("tutorials/claims.py", main)

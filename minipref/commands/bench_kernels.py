@@ -11,16 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import kernels as K
-from .kernels import common
-from .kernels.ddim_step_logprob import ddim_step_logprob_reference
-from .kernels.preference_loss import preference_loss_reference
-from .kernels.q_sample import q_sample_reference
-from .models.layers import GEGLU
-from .models.unet import UNet, UNetConfig
-from .presets import SMALL_UNET
+from .. import kernels as K
+from ..kernels import common
+from ..kernels.ddim_step_logprob import ddim_step_logprob_reference
+from ..kernels.preference_loss import preference_loss_reference
+from ..kernels.q_sample import q_sample_reference
+from ..models.unet import GEGLU, UNet, UNetConfig
+from ..presets import SD15_INPAINT_UNET, SMALL_UNET
 
-SD_INPAINTING = UNetConfig(in_channels=9)  # Stable Diffusion 1.5
 MID = UNetConfig(  # 31 million parameters
     in_channels=9, block_out_channels=(128, 256, 256), attention_head_dim=4, cross_attention_dim=256,
     layers_per_block=1,
@@ -66,7 +64,7 @@ class Case:
 SIZES = (  # name, UNet, batch, latent size, dtype
     ("toy", SMALL_UNET, 64, 16, torch.float32),
     ("mid", MID, 64, 32, torch.bfloat16),
-    ("sd", SD_INPAINTING, 16, 64, torch.bfloat16),
+    ("sd", SD15_INPAINT_UNET, 16, 64, torch.bfloat16),
 )
 
 
@@ -114,13 +112,13 @@ def cases(device: torch.device, sizes: Iterable[tuple] = SIZES) -> Iterable[Case
             lambda x, e, a=a, s=s: K.q_sample(x, e, a, s, impl="triton"),
             [make(*latent, grad=True), make(*latent, grad=True)], 3 * one, 3 * one,
         )  # fmt: skip
-        step = {"x_t": make(*latent), "x_prev": make(*latent), "k_x": a, "k_eps": s, "sigma": sigma, "guidance": 3.0}
-        kept = make(*latent).numel() * 4  # d log p/d eps, fp32
+        step = {"x_t": make(*latent), "k_x": a, "k_out": s, "sigma": sigma, "x_prev": make(*latent)}
+        slope = make(*latent).numel() * 4  # d log p/d model_output, fp32
         yield Case(
             f"ddim_step_logprob {name} {label}",
-            lambda u, e, step=step: ddim_step_logprob_reference(u, e, **step)[1],
-            lambda u, e, step=step: K.ddim_step_logprob(u, e, **step, impl="triton")[1],
-            [make(*latent, grad=True), make(*latent, grad=True)], 4 * one + kept, 2 * one + kept,
+            lambda out, step=step: ddim_step_logprob_reference(out, **step)[1],
+            lambda out, step=step: K.ddim_step_logprob(out, **step, impl="triton")[1],
+            [make(*latent, grad=True)], 3 * one + slope, one + slope,
         )  # fmt: skip
         pair: dict[str, Any] = {k: make(*latent) for k in ("base_ref", "base_gen", "target_ref", "target_gen")}
         pair |= {"label": torch.rand(batch, device=device), "beta": 1.0}

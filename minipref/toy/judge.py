@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scenes import COLOURS, OVERSAMPLE, RADII, RGB, SHAPES, Scene, Thing, stamp
-from .subjects import Placed
+from ..data.subjects import SubjectPrompt
+from .world import COLOURS, OVERSAMPLE, RADII, RGB, SHAPES, Scene, Thing, stamp
 
 SMALLEST = 12  # pixels; smaller patches are specks, not things
 TEMPLATE = 30  # pixels, height and width of a template; odd and even centres fit
@@ -181,7 +181,7 @@ def _cells(thing: Thing, radius: float) -> Tensor:
 SUBJECT_SHARE = 0.75
 
 
-def placed_as_asked(images: Tensor, thing: Thing, asked: list[Placed]) -> dict[str, Tensor]:
+def placed_as_asked(images: Tensor, thing: Thing, prompts: list[SubjectPrompt]) -> dict[str, Tensor]:
     """(B,) bool each: the `subject`, shape, colours and pattern, is there once; the prompted `background`; the prompted
     `second` thing, shape and colour (each true where the prompt says nothing of it); `all` of them at once.
 
@@ -189,9 +189,17 @@ def placed_as_asked(images: Tensor, thing: Thing, asked: list[Placed]) -> dict[s
     """
     rows = []
     index, _ = nearest_colours(images)
-    for i, name, found, p in zip(index, backgrounds(images), things(images), asked):
+    for i, name, found, placement in zip(index, backgrounds(images), things(images), (p.truth for p in prompts)):
         alike = [shows(f, thing) == (True, True) and pattern_share(i, f, thing) >= SUBJECT_SHARE for f in found]
-        second = p.second is None or any(all(shows(f, p.second)) for f in found)
-        rows.append((sum(alike) == 1, p.background in (None, name), second))
+        second = placement.second is None or any(all(shows(f, placement.second)) for f in found)
+        rows.append((sum(alike) == 1, placement.background in (None, name), second))
     named = dict(zip(("subject", "background", "second"), torch.tensor(rows).T))
     return named | {"all": torch.stack(list(named.values())).all(0)}
+
+
+def subject_shares(images: Tensor, thing: Thing, prompts: list[SubjectPrompt]) -> dict[str, float]:
+    """Shares of pictures that show what their prompts ask for (`placed_as_asked`); background and second thing, among
+    the pictures whose prompts name one (NaN where none does)."""
+    found = placed_as_asked(images, thing, prompts)
+    named = {k: torch.tensor([getattr(p.truth, k) is not None for p in prompts]) for k in ("background", "second")}
+    return {k: float((v[named[k]] if k in named else v).float().mean()) for k, v in found.items()}

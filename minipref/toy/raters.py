@@ -12,15 +12,18 @@ A fill that differs from the truth where nothing visible determines it loses lit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scenes import RGB, Scene, draw, layout
+from ..data import rating_files
+from ..data.prompts import Prompts, prompt_seed
+from ..data.ratings import HIGHEST, LOWEST, WEIGHTS, Ratings
+from .world import RGB, Scene, draw, layout
 
-WEIGHTS = {"structure": 0.15, "texture": 0.15, "overall": 0.7}  # PrefPaint's label
-LOWEST, HIGHEST = 1, 7
+WIDENED = 2  # of each prompt's completions
 COLOUR_TOLERANCE = 0.35  # RGB distance at which two colours agree by 1/e
 UNSEEN = 0.04  # RGB distance from the palette that nobody notices
 SPOILT = 0.18  # … and at which a pixel counts as spoilt altogether
@@ -156,6 +159,77 @@ def rate(
     return [Rating(say(true.structure), say(true.texture), say(true.overall)) for _ in range(raters)]
 
 
-def mean_label(ratings: list[Rating]) -> Tensor:
-    """The raters' mean label (B,)."""
-    return torch.stack([r.label for r in ratings]).mean(0)
+def gold_scores(images: Tensor, prompts: Prompts) -> Tensor | None:
+    """The gold label (B,) of completions of toy prompts; None where nobody knows it: pictures of your own."""
+    return None if prompts.truth is None else gold(images, prompts.masks, prompts.truth).label
+
+
+def gold_reward(images: Tensor, prompts: Prompts) -> Tensor:
+    """The gold label as a reward, 1 to 7: an upper bound, never available with real people."""
+    if prompts.truth is None:
+        raise ValueError("gold needs the true scenes of the toy world; pictures of your own have none")
+    return gold(images, prompts.masks, prompts.truth).label
+
+
+def gold_labels(ratings: Ratings) -> Tensor | None:
+    """The gold label (N,) of rated pictures: to judge a reward model by, never to train it."""
+    return gold_scores(ratings.images, ratings.prompts)
+
+
+# ------------------------------------------------------------------------------------------------ collecting ratings
+
+
+def widen(images: Tensor, prompts: Prompts, generator: torch.Generator) -> Tensor:
+    """Completions, half of the time original pictures, moved towards the truth, noise, blur or other colours, so
+    that the raters see the whole range. (B, 3, H, W) -> the same.
+
+    What the reward model never saw spoilt, RL will spoil: without the shifted colours it learned to over-brighten.
+    """
+    strength, kind = (torch.rand(len(images), 1, 1, 1, generator=generator) for _ in range(2))
+    images = torch.where(kind < 0.5, images, prompts.images)
+    noisy = images + 0.5 * strength * torch.randn(images.shape, generator=generator)
+    smooth = torch.lerp(images, F.avg_pool2d(images, 5, 1, 2, count_include_pad=False), strength)
+    contrast, shift = (torch.randn(len(images), 3, 1, 1, generator=generator) for _ in range(2))
+    tinted = (images - 0.5) * (1 + 0.5 * strength * contrast) + 0.5 + 0.25 * strength * shift
+    kinds = torch.stack([torch.lerp(images, prompts.images, strength), noisy.clamp(0, 1), smooth, tinted.clamp(0, 1)])
+    chosen = kinds[torch.randint(len(kinds), (len(images),), generator=generator), torch.arange(len(images))]
+    return prompts.paste_known(chosen)
+
+
+def rate_completions(
+    folder: str | Path,
+    prompts: Prompts,
+    images: Tensor,
+    *,
+    seed: int,
+    start: int,
+    widened: bool = True,
+    source: str = "toy",
+) -> Path:
+    """Has completions rated by three raters and writes all to `folder` (data/rating_files.py).
+
+    prompts: the "rating" prompts of `seed`, number `start` and on; images: each one's completions side by side, as many
+    of each, (P·S, 3, H, W). Two of each prompt are widened and rated, too. The raters' noise is part of seed and start.
+    """
+    world, samples = prompt_seed("rating", seed), len(images) // len(prompts)
+    generator = torch.Generator().manual_seed(world + start)
+    completed, extra = len(images), min(WIDENED, samples) if widened else 0
+    index = list(range(completed))
+    if extra:
+        first = [i * samples + k for i in range(len(prompts)) for k in range(extra)]
+        images = torch.cat([images, widen(images[first], prompts.repeat_each(extra), generator)])
+        index += first
+    every = prompts.repeat_each(samples).select(index)
+    assert every.truth is not None
+    ratings = rate(images, every.masks, every.truth, generator)
+    numbers = [start + i // samples for i in index]
+    return rating_files.write(
+        folder,
+        every,
+        images,
+        [vars(r) for r in ratings],
+        [f"{source}-{seed}-{n:06d}" for n in numbers],
+        widened=torch.arange(len(images)) >= completed,
+        source=source,
+        scenes=[(world, n) for n in numbers],
+    )
