@@ -167,19 +167,15 @@ def ddim_step(
     eta: float,
     noise: Tensor | None = None,
     x_prev: Tensor | None = None,
-    coefficients: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One sampling step: draws x_prev = mean + sigma·noise, or scores the `x_prev` it is given (PrefPaint Eq. 2).
 
     model_output, x_t, noise, x_prev (B, C, H, W); t, t_prev int or (B,).
-    `coefficients`: those of `Schedule.coefficients` for this step, (B,) each and on x_t's device already (a sampling
-    loop computes them once for all steps); without them t and t_prev say which.
     Returns x_prev in x_t's dtype and its log-probability (B,), fp32, the mean over dimensions. The drawn latent is
     rounded to x_t's dtype *before* it is scored, so that a later replay scores the same number. Where sigma = 0 the
     step is deterministic and has no density: its log-probability is NaN.
     """
-    if coefficients is None:
-        coefficients = _coefficients(schedule, x_t, t, t_prev, eta)
+    coefficients = _coefficients(schedule, x_t, t, t_prev, eta)
     return ddim_step_logprob(model_output, x_t, *coefficients, noise=noise, x_prev=x_prev)
 
 
@@ -309,14 +305,13 @@ def rollout(
     latents; each is rounded to it before it is scored and before it is fed on.
     """
     B, device = len(condition), condition.context.device
-    draws = (steps + 1, *shape)
     if isinstance(generator, torch.Generator):
-        noise = torch.randn(B, *draws, generator=generator)
+        noise = torch.randn(B, steps + 1, *shape, generator=generator)
+    elif len(generator) == B:
+        noise = torch.stack([torch.randn(steps + 1, *shape, generator=g) for g in generator])
     else:
-        if len(generator) != B:
-            raise ValueError(f"rollout: {len(generator)} generators for a batch of {B}")
-        noise = torch.stack([torch.randn(draws, generator=g) for g in generator])  # (B, T+1, C, H, W)
-    noise = noise.to(device)
+        raise ValueError(f"rollout: {len(generator)} generators for a batch of {B}")
+    noise = noise.to(device)  # (B, T+1, C, H, W)
     guided = needs_guidance(condition, guidance)  # once: comparing at every step would wait for the device
 
     timesteps = schedule.timesteps(steps)
@@ -327,12 +322,10 @@ def rollout(
     # Times and coefficients of all steps, sent to the device once.
     k_x, k_out, sigma = (_vector(v, latents[0])[:, None].expand(-1, B) for v in tables)  # (T, B)
     times = timesteps.to(device, non_blocking=True)[:, None].expand(-1, B)
-    for i, (t, t_prev) in enumerate(zip(timesteps.tolist(), next_timesteps.tolist())):
-        output = _predict(unet, latents[-1], times[i], condition, guidance, guided)
-        x_prev, log_prob = ddim_step(
-            schedule, output, latents[-1], t, t_prev, eta=eta, noise=noise[:, i + 1],
-            coefficients=(k_x[i], k_out[i], sigma[i]),
-        )  # fmt: skip
+    for i in range(steps):
+        x_t = latents[-1]
+        output = _predict(unet, x_t, times[i], condition, guidance, guided)
+        x_prev, log_prob = ddim_step_logprob(output, x_t, k_x[i], k_out[i], sigma[i], noise=noise[:, i + 1])
         latents.append(x_prev)
         log_probs.append(log_prob)
     return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1), timesteps, scored)

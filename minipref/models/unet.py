@@ -51,13 +51,11 @@ class UNetConfig:
             )
         unknown = set(self.down_block_types) - {"DownBlock2D", "CrossAttnDownBlock2D"}
         unknown |= set(self.up_block_types) - {"UpBlock2D", "CrossAttnUpBlock2D"}
-        unknown |= {self.mid_block_type} - {"UNetMidBlock2DCrossAttn"}
-        if unknown:
+        if unknown := unknown | {self.mid_block_type} - {"UNetMidBlock2DCrossAttn"}:
             raise ValueError(f"UNetConfig: unknown block type {sorted(unknown)}; see minipref/models/unet.py")
         if len(self.heads) != levels:
             raise ValueError(f"UNetConfig: attention_head_dim has {len(self.heads)} entries for {levels} levels")
-        bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
-        if bad:
+        if bad := [c for c in self.block_out_channels if c % self.norm_num_groups]:
             raise ValueError(f"UNetConfig: {bad} channels cannot be split into norm_num_groups={self.norm_num_groups}")
 
     @property
@@ -108,8 +106,9 @@ class GroupNormAct(nn.GroupNorm):
 class ResnetBlock2D(nn.Module):
     """GroupNorm → SiLU → conv, + time, GroupNorm → SiLU → conv, + shortcut."""
 
-    def __init__(self, c_in: int, c_out: int, time_dim: int, groups: int, eps: float):
+    def __init__(self, cfg: UNetConfig, c_in: int, c_out: int):
         super().__init__()
+        groups, eps, time_dim = cfg.norm_num_groups, cfg.norm_eps, 4 * cfg.block_out_channels[0]
         self.norm1 = GroupNormAct(groups, c_in, eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, c_out)
@@ -191,31 +190,26 @@ class BasicTransformerBlock(nn.Module):
 class Transformer2DModel(nn.Module):
     """A transformer block over the H·W positions of a feature map, with a residual around it."""
 
-    def __init__(self, channels: int, context_dim: int, heads: int, groups: int, use_linear_projection: bool):
+    def __init__(self, cfg: UNetConfig, channels: int, heads: int):
         super().__init__()
-        self.use_linear = use_linear_projection
-        self.norm = GroupNormAct(groups, channels, 1e-6, "identity")  # 1e-6 here, 1e-5 elsewhere: as published
-        make = nn.Linear if use_linear_projection else (lambda i, o: nn.Conv2d(i, o, 1))
+        self.use_linear = cfg.use_linear_projection
+        self.norm = GroupNormAct(cfg.norm_num_groups, channels, 1e-6, "identity")  # not 1e-5: as published
+        make = nn.Linear if self.use_linear else (lambda i, o: nn.Conv2d(i, o, 1))
         self.proj_in = make(channels, channels)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, context_dim, heads)])
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, cfg.cross_attention_dim, heads)])
         self.proj_out = make(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         H, W = x.shape[-2:]
         h = self.norm(x)
-        if not self.use_linear:
-            h = self.proj_in(h)
+        h = h if self.use_linear else self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # (B, H·W, C)
-        if self.use_linear:
-            h = self.proj_in(h)
+        h = self.proj_in(h) if self.use_linear else h
         for block in self.transformer_blocks:
             h = block(h, context)
-        if self.use_linear:
-            h = self.proj_out(h)
+        h = self.proj_out(h) if self.use_linear else h
         h = h.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
-        if not self.use_linear:
-            h = self.proj_out(h)
-        return x + h
+        return x + (h if self.use_linear else self.proj_out(h))
 
 
 class Downsample2D(nn.Module):
@@ -243,17 +237,9 @@ class _Block(nn.Module):
 
     def __init__(self, cfg: UNetConfig, widths_in: list[int], width: int, heads: int | None):
         super().__init__()
-        time_dim = 4 * cfg.block_out_channels[0]
-        self.resnets = nn.ModuleList(
-            ResnetBlock2D(c, width, time_dim, cfg.norm_num_groups, cfg.norm_eps) for c in widths_in
-        )
+        self.resnets = nn.ModuleList(ResnetBlock2D(cfg, c, width) for c in widths_in)
         if heads is not None:
-            self.attentions = nn.ModuleList(
-                Transformer2DModel(
-                    width, cfg.cross_attention_dim, heads, cfg.norm_num_groups, cfg.use_linear_projection
-                )
-                for _ in widths_in
-            )
+            self.attentions = nn.ModuleList(Transformer2DModel(cfg, width, heads) for _ in widths_in)
 
     def layer(self, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[i](x, emb)
@@ -295,13 +281,8 @@ class _UpBlock(_Block):
 class _MidBlock(nn.Module):
     def __init__(self, cfg: UNetConfig, width: int, heads: int):
         super().__init__()
-        time_dim = 4 * cfg.block_out_channels[0]
-        self.resnets = nn.ModuleList(
-            ResnetBlock2D(width, width, time_dim, cfg.norm_num_groups, cfg.norm_eps) for _ in range(2)
-        )
-        self.attentions = nn.ModuleList(
-            [Transformer2DModel(width, cfg.cross_attention_dim, heads, cfg.norm_num_groups, cfg.use_linear_projection)]
-        )
+        self.resnets = nn.ModuleList(ResnetBlock2D(cfg, width, width) for _ in range(2))
+        self.attentions = nn.ModuleList([Transformer2DModel(cfg, width, heads)])
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[0](x, emb)
