@@ -2,10 +2,11 @@
 
     python train_reward.py --small
 
-Completions are rated and written to disk; a feature extractor learns from one part of the prompts, the last layer and V
-are solved for in closed form on a second part, and a third part, never trained on, says how good the result is and how
-far it knows its own error. `main` is the course of it; below it stand its steps: rating, features, last layer.
+Completions are rated and written to disk. A feature extractor learns from one part of the prompts. The last layer and
+the matrix V of its error bound are solved for in closed form on a second part. A third part, never trained on, says how
+good the result is and how far it knows its own error.
 """
+# `main` is the course of it; below it stand its steps: rating, features, last layer, judgement.
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipref import metrics
+from minipref import metrics, reward_model
 from minipref.data import rating_files
 from minipref.data.ratings import HIGHEST, LOWEST, Ratings, label_norms, lonely, normalise, split_for_fit
 from minipref.figures import gold_sheet, reward_pictures
@@ -29,14 +30,7 @@ from minipref.models.reward_features import ClipFeatures, RewardFeatures
 from minipref.models.unet import UNet
 from minipref.pipeline import Pipeline, Sampling
 from minipref.presets import SMALL_FEATURES
-from minipref.reward_model import (
-    Calibration,
-    LearnedReward,
-    features_of,
-    judge_reward,
-    ridge_fit,
-    trust_from_quantiles,
-)
+from minipref.reward_model import Calibration, Judged, LearnedReward
 from minipref.runs import RENAMED, load_run
 from minipref.runtime.config import opt, parse, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
@@ -53,42 +47,42 @@ class RewardConfig:
     # the ratings
     weights: str = opt("", "folder with unet.pt and clip.pt; empty: the shipped small ones")
     ratings: str = opt("", "folder of ratings of your own; empty: toy completions, rated by simulated raters")
-    score_lo: float = opt(LOWEST, "lowest score of the raters", lo=-1e9)
-    score_hi: float = opt(HIGHEST, "highest score of the raters", lo=-1e9)
+    score_lo: float = opt(LOWEST, "lowest score of the raters' scale", lo=-1e9)
+    score_hi: float = opt(HIGHEST, "highest score of the raters' scale", lo=-1e9)
     second_round: str = opt("", "folder of an RL run whose policy's completions are rated and added")
     second_round_prompts: int = opt(300, "prompts of the second round", lo=8)
     out: str = opt("", "run folder; empty: runs/reward-small, or the next free name")
     prompts: int = opt(12_000, "toy prompts that are completed and rated", lo=20)
-    samples: int = opt(3, "completions a prompt, beside two that are widened", lo=2)
-    sampling_steps: int = opt(50, "DDIM steps of a completion: those of RL", lo=2, hi=1000)
+    samples: int = opt(3, "completions per prompt, beside two that are spoilt or mended on purpose", lo=2)
+    sampling_steps: int = opt(50, "DDIM steps per completion; as in RL", lo=2, hi=1000)
     # the features
-    features: str = opt("clip", "clip, or conv for pictures of a few pixels", choices=("conv", "clip"))
-    freeze: float = opt(0.7, "share of the CLIP tower's layers that stay as they are", lo=0, hi=1)
+    features: str = opt("clip", "CLIP's image tower, or a convolutional one for few pixels", choices=("conv", "clip"))
+    freeze: float = opt(0.7, "share of the CLIP tower's layers that are not trained", lo=0, hi=1)
     objective: str = opt(
         "regression",
-        "what the features learn from: scores, pairs of a prompt, or bins of scores",
+        "scores (regression), pairs of a prompt, or bins of scores",
         choices=("regression", "pairs", "bins"),
     )
-    bins: int = opt(7, "bins of equal share, where the objective is bins", lo=2, hi=50)
-    epochs: int = opt(40, "passes over the first split (the paper does not say)", lo=1)
-    batch_size: int = opt(5, "rated pictures a batch", lo=2)
-    lr: float = opt(1e-5, "peak learning rate of AdamW (toy: 1.5e-3 for conv, 5e-4 for clip)", lo=0)
+    bins: int = opt(7, "number of bins of --objective bins, each with as many ratings", lo=2, hi=50)
+    epochs: int = opt(40, "passes over the first split", lo=1)
+    batch_size: int = opt(5, "rated pictures per batch", lo=2)
+    lr: float = opt(1e-5, "peak learning rate of AdamW; the toy's clip wants 5e-4", lo=0)
     dim: int = opt(256, "d, length of the feature z", lo=1, hi=65_536)
     # the last layer, its bound and its trust
     lam: float = opt(0.01, "lam, ridge penalty of the last layer", lo=1e-9)
     delta: float = opt(0.05, "delta: every bound holds with probability 1 - delta", lo=1e-9, hi=1 - 1e-9)
-    noise_scale: float = opt(0.0, "s, noise of a label that the bound assumes; 0: the larger of two estimates", lo=0)
-    psi_norm: float = opt(0.0, "norm of the true last layer that the bound assumes; 0: that of the fitted one", lo=0)
+    noise_scale: float = opt(0.0, "s, the noise of a label that the bound assumes; 0: estimated", lo=0)
+    psi_norm: float = opt(0.0, "norm of psi_* that the bound assumes; 0: that of the fitted last layer", lo=0)
     trust: str = opt(
         "paper",
-        "gamma: paper (k 0.05, b 0.7, its own norm), or quantiles (1 at the training norms' median, 1/2 at 95 %)",
+        "gamma: k 0.05 and b 0.7 with the paper's norm, or quantiles: 1 at the training norms' median, 1/2 at 95 %",
         choices=("quantiles", "paper"),
     )
     trust_lo: float = opt(1.0, "lowest gamma (the released code's)", lo=0)
     trust_hi: float = opt(2.21, "highest gamma (the released code's)", lo=0)
     # further tables and pictures
     compare: bool = opt(False, "also fit every kind of features and objective on these ratings and write a table")
-    policies: str = opt("", "RL runs whose trust weights are drawn beside the base model's: RUN,RUN")
+    policies: str = opt("", "RL runs whose trust weights are plotted beside the base model's: RUN,RUN")
     device: str = opt("cpu", "cpu, cuda or mps")
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
@@ -130,8 +124,7 @@ def main() -> None:
     names = [n for n in f"{cfg.policies},{cfg.second_round}".split(",") if n]
     runs = {name: load_run(name, "", cfg.device) for name in names}
     if cfg.ratings:  # what cannot be learned from is refused before anything is written
-        rated, problems = read(cfg.ratings, cfg, pipe)
-        split = split_for_fit(rated, cfg.seed, cfg.dim, cfg.objective == "pairs")
+        rated, problems, split = read(cfg.ratings, cfg, pipe)
         if cfg.second_round and rated.prompts.truth is None:
             raise ValueError("--second-round: simulated raters can add to ratings of toy scenes only")
     if cfg.second_round and runs[cfg.second_round][0]["data"]:
@@ -142,13 +135,12 @@ def main() -> None:
     sampling, folder = Sampling(cfg.sampling_steps), cfg.ratings or run.path / "ratings"
     if not cfg.ratings:
         rate(folder, pipe, pipe.unet, sampling, cfg, start=0, count=cfg.prompts)
-        rated, problems = read(folder, cfg, pipe)
-        split = split_for_fit(rated, cfg.seed, cfg.dim, cfg.objective == "pairs")
+        rated, problems, split = read(folder, cfg, pipe)
     describe(rated, problems)
 
     # 2. Features on the first split, last layer and V on the second, in closed form (Eqs. 3-4), judged on the third.
     model, noise = fit(split, cfg, pipe, run.log)
-    judged = judge_reward(model, split["judge"], gold_labels(split["judge"]), cfg.delta)
+    judged = judge(model, split["judge"], cfg)
     figures = judged.figures | noise
 
     # 3. A second round: completions of an aligned policy are rated and added; the error on it before and after.
@@ -158,14 +150,12 @@ def main() -> None:
         second = run.path / "ratings-second"
         rate(second, own, policy, of_run, cfg, start=first, count=cfg.second_round_prompts, widened=False)
         earlier = len(rated)
-        rated, problems = read(f"{folder},{second}", cfg, pipe)
-        split = split_for_fit(rated, cfg.seed, cfg.dim, cfg.objective == "pairs")
+        rated, problems, split = read(f"{folder},{second}", cfg, pipe)
         # Judged on prompts of the new round that neither fit has seen.
         new = split["judge"].select(~torch.isin(split["judge"].groups, rated.groups[:earlier]))
-        before = judge_reward(model, new, gold_labels(new), cfg.delta).figures
+        before = judge(model, new, cfg).figures
         model, noise = fit(split, cfg, pipe, run.log)
-        judged = judge_reward(model, split["judge"], gold_labels(split["judge"]), cfg.delta)
-        after = judge_reward(model, new, gold_labels(new), cfg.delta).figures
+        judged, after = judge(model, split["judge"], cfg), judge(model, new, cfg).figures
         figures = judged.figures | noise
         figures |= {f"policy_{k}_{when}": f[k] for k in ON_POLICY for when, f in (("before", before), ("after", after))}
         print("\n".join(f"on the policy, {k}: {before[k]:.3f} -> {after[k]:.3f}" for k in ON_POLICY))
@@ -173,8 +163,9 @@ def main() -> None:
     # 4. Save, and say what the bound promises and what it rests on.
     kind, gammas = "ratings" if rated.prompts.truth is None else "gold", dict[str, Tensor]()
     if kind == "gold" or runs:
-        gammas, across = trust_of_policies({k: v[2] for k, v in runs.items()}, pipe, model, sampling, cfg.seed)
-        figures |= {"norm_error_spearman_of_policies": across} if runs else {}
+        unets = {k: v[2] for k, v in runs.items()}
+        gammas, norms, errors = toy_raters.trust_of_policies(unets, pipe, model, sampling, cfg.seed)
+        figures |= {"norm_error_spearman_of_policies": metrics.spearman(norms, errors)} if runs else {}
     summary = figures | {
         "delta": cfg.delta,
         "judge": kind,
@@ -187,7 +178,7 @@ def main() -> None:
     model.save(run.path / "reward.pt", {"seed": cfg.seed, **figures})
     run.write_json("summary.json", summary)
     reward_pictures(run.path, model, split["judge"], judged, kind, cfg.delta, gammas)
-    if (gold := gold_labels(rated)) is not None:
+    if (gold := toy_raters.gold_labels(rated)) is not None:
         gold_sheet(run.path / "gold_sheet.png", rated.images, gold)
     print(conclusion(summary, model, cfg.delta))
     if cfg.compare:
@@ -217,25 +208,20 @@ def rate(
     toy_raters.rate_completions(folder, prompts, images, seed=cfg.seed, start=start, widened=widened)
 
 
-def read(folder: str | Path, cfg: RewardConfig, pipe: Pipeline) -> tuple[Ratings, list[str]]:
-    """All usable ratings, and what was left out and why."""
+def read(folder: str | Path, cfg: RewardConfig, pipe: Pipeline) -> tuple[Ratings, list[str], dict[str, Ratings]]:
+    """All usable ratings, what was left out and why, and the three splits."""
     low, high = (cfg.score_lo, cfg.score_hi) if cfg.ratings else (LOWEST, HIGHEST)
-    return rating_files.load(folder, pipe.image_size, low, high, truth=toy_world.shown_scene)
+    rated, problems = rating_files.load(folder, pipe.image_size, low, high, truth=toy_world.shown_scene)
+    return rated, problems, split_for_fit(rated, cfg.seed, cfg.dim, cfg.objective == "pairs")
 
 
 def describe(rated: Ratings, problems: list[str]) -> None:
-    for line in problems[:5]:
-        print(f"left out: {line}")
+    print("".join(f"left out: {line}\n" for line in problems[:5]), end="")
     print(f"{len(rated)} rated pictures of {len(rated.groups.unique())} prompts; {len(problems)} left out")
     if problems:
         print("python -m minipref check-data lists all that is wrong")
     if alone := lonely(rated.groups):
         print(f"{alone} prompts have a single rated picture: nothing says which completion of them is better")
-
-
-def gold_labels(rated: Ratings) -> Tensor | None:
-    """The noise-free labels (N,) of toy pictures: to judge by, never to train on. None where nobody knows them."""
-    return toy_raters.gold_labels(rated)
 
 
 def next_number(folder: str | Path) -> int:
@@ -248,9 +234,9 @@ def next_number(folder: str | Path) -> int:
 
 def new_features(cfg: RewardConfig, pipe: Pipeline) -> nn.Module:
     torch.manual_seed(cfg.seed)
-    if cfg.features == "conv":
-        return RewardFeatures(replace(SMALL_FEATURES, dim=cfg.dim))
-    return ClipFeatures.start_from(copy.deepcopy(pipe.clip).cpu(), cfg.dim, cfg.freeze)
+    if cfg.features == "clip":
+        return ClipFeatures.start_from(copy.deepcopy(pipe.clip).cpu(), cfg.dim, cfg.freeze)
+    return RewardFeatures(replace(SMALL_FEATURES, dim=cfg.dim))
 
 
 def fit_features(
@@ -300,8 +286,8 @@ def solve(features: Any, r: Ratings, norms: dict, cfg: RewardConfig) -> tuple[Le
     Returns the model and two estimates of the noise scale: from raters who rated the same picture, and from the
     residuals, which also hold what no linear layer explains. The bound assumes the larger, unless told otherwise.
     """
-    y, z = normalise(r.labels, r.strata, norms), features_of(features, r.images, r.prompts)
-    ridge = ridge_fit(z, y, cfg.lam)
+    y, z = normalise(r.labels, r.strata, norms), reward_model.features_of(features, r.images, r.prompts)
+    ridge = reward_model.ridge_fit(z, y, cfg.lam)
     # A label is the mean of its raters: its noise is theirs over the root of their number, in normalised units.
     spread = torch.tensor([norms.get(s, norms[""])[1] for s in r.strata], dtype=torch.float64)
     raters = (~r.raters.isnan()).sum(1).double()
@@ -309,17 +295,17 @@ def solve(features: Any, r: Ratings, norms: dict, cfg: RewardConfig) -> tuple[Le
     noise = {"noise_scale_raters": repeated, "noise_scale_residual": ridge.noise_from_residuals(z, y)}
     kind = "theorem" if cfg.trust == "quantiles" else "paper"
     norm = ridge.left_out_norm(ridge.norm(z))
-    k, b = trust_from_quantiles(norm) if cfg.trust == "quantiles" else (0.05, 0.7)
+    k, b = reward_model.trust_from_quantiles(norm) if cfg.trust == "quantiles" else (0.05, 0.7)
     calibration = Calibration(
         k,
         b,
         cfg.trust_lo,
         cfg.trust_hi,
-        kind,
-        {str(q): float(norm.quantile(q)) for q in (0.05, 0.5, 0.95, 0.99)},
-        norms,
-        cfg.noise_scale or max(x for x in noise.values() if math.isfinite(x)),
-        cfg.psi_norm or float(ridge.psi.norm()),
+        norm_kind=kind,
+        norm_quantiles={str(q): float(norm.quantile(q)) for q in (0.05, 0.5, 0.95, 0.99)},
+        label_norms=norms,
+        noise_scale=cfg.noise_scale or max(x for x in noise.values() if math.isfinite(x)),
+        psi_norm=cfg.psi_norm or float(ridge.psi.norm()),
     )
     return LearnedReward(features, ridge, calibration), noise
 
@@ -336,26 +322,12 @@ def fit(
     return model, noise | {"noise_scale": c.noise_scale, "psi_norm": c.psi_norm}
 
 
-# ------------------------------------------------------------------------------------------------ 4. what it is worth
+# ------------------------------------------------------------------------------------------------ 3, 4. its worth
 
 
-def trust_of_policies(
-    unets: dict[str, UNet], pipe: Pipeline, model: LearnedReward, sampling: Sampling, seed: int
-) -> tuple[dict[str, Tensor], float]:
-    """On completions of held-out toy prompts by the base model and by each run's policy: gamma (N,), and the Spearman
-    correlation of norm and error against gold over all of them: does the norm tell where the reward is wrong?"""
-    prompts = toy_world.prompt_source("held out", seed, pipe.image_size)(0, 128)
-    short = ["base", *(Path(k).name for k in unets)]  # a name of its own for each, the whole path where need be
-    policies = {"base": pipe.unet} | {n if short.count(n) == 1 else k: unets[k] for n, k in zip(short[1:], unets)}
-    gammas, norms, errors = dict[str, Tensor](), [], []
-    for name, unet in policies.items():
-        images = pipe.complete(unet, prompts, sampling, seed=seed, stream="policies")
-        scores, gold = model(images, prompts), toy_raters.gold_reward(images, prompts).double()
-        y = normalise(gold, [f"toy/{k}" for k in prompts.kinds], model.calibration.label_norms)
-        gammas[name] = scores.trust if scores.trust is not None else torch.ones(len(images))
-        norms.append(scores.parts["norm"])
-        errors.append((scores.value - y).abs())
-    return gammas, metrics.spearman(torch.cat(norms), torch.cat(errors))
+def judge(model: LearnedReward, rated: Ratings, cfg: RewardConfig) -> Judged:
+    """By gold, where somebody knows it, else by the raters' mean; neither was trained on."""
+    return reward_model.judge_reward(model, rated, toy_raters.gold_labels(rated), cfg.delta)
 
 
 def conclusion(s: dict, model: LearnedReward, delta: float) -> str:
@@ -377,7 +349,7 @@ def compare(split: dict[str, Ratings], cfg: RewardConfig, pipe: Pipeline, path: 
     for name, changes in RIVALS.items():
         start = time.time()
         model, _ = fit(split, replace(cfg, **changes), pipe)
-        figures = judge_reward(model, split["judge"], gold_labels(split["judge"]), cfg.delta).figures
+        figures = judge(model, split["judge"], cfg).figures
         cells = [f"{figures[k]:.3f}" for k in COMPARED]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {time.time() - start:.0f} |")
     text = "\n".join(lines) + "\n"

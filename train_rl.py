@@ -3,9 +3,9 @@
     python train_rl.py --small
 
 Each epoch: complete a few prompts (a prompt is a masked picture) several times, score the completions, and make the
-better ones of each prompt more probable, each sample weighted by how far its reward can be trusted. `main` is the
-algorithm; below it stand the checks, one row of the log, and the final comparison.
+better ones of each prompt more probable, each sample weighted by how far its reward can be trusted.
 """
+# `main` is the algorithm; below it stand the checks, one row of the log, and the final comparison.
 
 from __future__ import annotations
 
@@ -45,60 +45,58 @@ class RLConfig:
     preset: str = opt("", "named set of values; flags override it")
     weights: str = opt("", "folder with unet.pt, clip.pt, reward.pt; empty: the shipped small ones")
     data: str = opt("", "folder of your own pictures as prompts; empty: toy scenes")
-    reward: str = opt("model", "model, model:RUN, clip:TEXT, brightness, jpeg_size, gold, a*x+b*y, or module:function")
+    reward: str = opt("model", "model, model:RUN, clip:TEXT, brightness, jpeg_size, gold, a*x+b*y, module:function …")
     out: str = opt("", "run folder; empty: runs/rl-small, or the next free name")
     seed: int = opt(0, "seed of prompts, noise and order", lo=0, hi=999_999)
     # rollouts
-    epochs: int = opt(1000, "rounds of rollout and update (the paper does not say)", lo=1)
-    prompts: int = opt(16, "prompts an epoch", lo=1)
-    samples: int = opt(1, "completions a prompt: its group", lo=1)
-    sampling_steps: int = opt(50, "T, DDIM steps of a rollout", lo=2, hi=1000)
-    eta: float = opt(1.0, "noise of the DDIM steps, 1 = DDPM; 0 has no probability", lo=0, hi=1)
+    epochs: int = opt(1000, "rounds of rollout and update", lo=1)
+    prompts: int = opt(16, "prompts per epoch", lo=1)
+    samples: int = opt(1, "completions per prompt; they are compared with one another", lo=1)
+    sampling_steps: int = opt(50, "T, DDIM steps per completion", lo=2, hi=1000)
+    eta: float = opt(1.0, "randomness of the steps, 1 as in DDPM; 0 is refused: RL needs random steps", lo=0, hi=1)
     # updates
-    train_steps: int = opt(5, "K, random steps trained of each rollout's random ones", lo=1)
-    updates_per_epoch: int = opt(1, "optimiser steps a rollout, each on its share of the samples", lo=1)
+    train_steps: int = opt(5, "K, how many of a completion's T steps are trained, picked at random", lo=1)
+    updates_per_epoch: int = opt(1, "optimiser steps per epoch; the samples are divided among them", lo=1)
     lr: float = opt(2e-6, "learning rate of AdamW", lo=0)
     weight_decay: float = opt(0.01, "weight decay of AdamW", lo=0)
     grad_clip: float = opt(0.0, "largest gradient norm; 0: none", lo=0)
-    clip_range: float = opt(1.64, "clip of the joint log-ratio (1e-4 of the mean's, at n = 16,384)", lo=0.01)
+    clip_range: float = opt(1.64, "PPO's clip of the log-ratio, summed over dimensions (REFERENCE.md)", lo=0.01)
     trust: str = opt(
         "exponential",
-        "weight of samples where the reward gives a gamma (Eq. 12); constant: its mean; off: 1",
+        "weight of a sample (PrefPaint Eq. 12): the reward's gamma, its mean for all (constant), or 1 (off)",
         choices=("exponential", "constant", "off"),
     )
-    kl_weight: float = opt(0.0, "kappa of the KL to the base, per dimension (Eq. 1; the released code: 0)", lo=0)
-    guard: float = opt(
-        0.0, "stop where the trusted share fell below this part, or certainty is lost; 0: never", lo=0, hi=1
-    )
-    ema: float = opt(0.0, "decay per update of the averaged weights, which are evaluated and kept", lo=0, hi=0.9999)
-    micro_batch: int = opt(16, "steps a backward pass: less memory, the same gradient", lo=1)
+    kl_weight: float = opt(0.0, "kappa, weight of the KL to the base model (PrefPaint Eq. 1; its code: 0)", lo=0)
+    guard: float = opt(0.0, "stop when the trusted share falls below this part of the base's; 0: never", lo=0, hi=1)
+    ema: float = opt(0.0, "decay of the averaged weights, which are evaluated and saved; 0: none", lo=0, hi=0.9999)
+    micro_batch: int = opt(16, "steps per backward pass; smaller needs less memory and gives the same gradient", lo=1)
     # what is logged
     eval_every: int = opt(5, "epochs between evaluations", lo=1)
-    eval_prompts: int = opt(64, "fixed held-out prompts of the curves", lo=8)
-    win_prompts: int = opt(256, "held-out prompts of the final WinRate", lo=8)
-    held_out: int = opt(0, "which held-out prompts", lo=0, hi=999_999)
+    eval_prompts: int = opt(64, "number of fixed held-out prompts of the curves", lo=8)
+    win_prompts: int = opt(256, "number of held-out prompts of the final WinRate", lo=8)
+    held_out: int = opt(0, "seed that selects the held-out prompts", lo=0, hi=999_999)
     device: str = opt("cpu", "cpu, cuda or mps")
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
 
 # The defaults are PrefPaint's values; a preset is the table of its deviations from them.
-PRESETS = {
-    "small": {  # the toy world on a CPU, in minutes
-        "epochs": 40,
-        "samples": 4,
-        "sampling_steps": 6,
-        "updates_per_epoch": 2,
-        "lr": 1e-4,
-        "grad_clip": 1.0,
-        "kl_weight": 0.03,  # keeps the policy from drifting where the reward is blind (tutorials/LOG.md)
-        "guard": 0.5,
-        "ema": 0.9,
-        "micro_batch": 64,
-    }
+SMALL = {  # the toy world on a CPU, in minutes
+    "epochs": 40,
+    "samples": 4,
+    "sampling_steps": 6,
+    "updates_per_epoch": 2,
+    "lr": 1e-4,
+    "grad_clip": 1.0,
+    "kl_weight": 0.03,  # keeps the policy from drifting where the reward is blind (tutorials/LOG.md)
+    "guard": 0.5,
+    "ema": 0.9,
+    "micro_batch": 64,
 }
+PRESETS = {"small": SMALL}
 EXTRA_REWARDS: dict[str, Reward] = {
     "gold": toy_raters.gold_reward,
 }
+SHOWN = ("reward", "kl", "clip_fraction", "eval_gold")  # on the progress bar
 ROUNDING = 0.005  # nats by which sums over a whole picture may differ from batch to batch
 
 
@@ -119,7 +117,7 @@ def main() -> None:
     optimiser = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     order, guard, stopped = np.random.default_rng([cfg.seed, 1]), Guard(cfg.guard), None
     best: dict[str, Tensor] = {}
-    meta = {"schedule": asdict(pipe.schedule.config), "base": pipe.fingerprint}
+    meta: dict = {"schedule": asdict(pipe.schedule.config), "base": pipe.fingerprint}
     B = cfg.prompts * cfg.samples
     groups = torch.arange(cfg.prompts).repeat_interleave(cfg.samples)
 
@@ -142,22 +140,18 @@ def main() -> None:
                 check_replay(policy, pipe, trajectory, condition, cfg)
 
             # 3. Update: K random steps of each sample, several optimiser steps on disjoint samples.
-            K, K_of_T = min(cfg.train_steps, len(scored)), []
+            K = min(cfg.train_steps, len(scored))
             log: dict[str, list] = {k: [] for k in ("loss", "ratio", "clipped", "grad_norm", "kl")}
             for part in torch.from_numpy(order.permutation(B)).tensor_split(cfg.updates_per_epoch):
-                K_of_T = [scored[order.permutation(len(scored))[:K]] for _ in part]
-                pairs = torch.stack([part.repeat_interleave(K), torch.cat(K_of_T)], 1)  # (M·K, 2): sample, step
+                steps = torch.cat([scored[order.permutation(len(scored))[:K]] for _ in part])
+                pairs = torch.stack([part.repeat_interleave(K), steps], 1)  # (M·K, 2): sample, step
                 for chunk in pairs.split(cfg.micro_batch):
                     sample, step = chunk.unbind(1)
                     taken = pipe.schedule, trajectory, condition, sample, step
                     log_prob, mean, sigma = replay(policy, *taken, eta=cfg.eta)
+                    old, weights = trajectory.log_probs[sample, step], gamma[sample]
                     loss, ratio, clipped = clipped_surrogate(
-                        log_prob,
-                        trajectory.log_probs[sample, step],
-                        advantage[sample],
-                        clip_range=cfg.clip_range,
-                        n=n,
-                        gamma=gamma[sample],
+                        log_prob, old, advantage[sample], clip_range=cfg.clip_range, n=n, gamma=weights
                     )
                     if cfg.kl_weight > 0:
                         with torch.no_grad():
@@ -190,23 +184,24 @@ def main() -> None:
             keep, stop = guard.look(*judged) if epoch > 0 else guard.start(*judged)
             best = copy.deepcopy(average.state_dict()) if keep else best
             stopped = epoch if stop else None
+            meta["epoch"] = epoch
             for name in ["last.pt"] + (["best.pt"] if keep else []):
-                checkpoint.save(
-                    run.path / name, "unet", average.config, average.state_dict(), meta=meta | {"epoch": epoch}
-                )
+                checkpoint.save(run.path / name, "unet", average.config, average.state_dict(), meta=meta)
             rl_grid(run.path / "samples" / f"{epoch:06d}.png", curve_prompts, before, pictures, epoch)
         run.log(epoch=epoch, **row, **({"stopped": True} if stopped else {}), seconds=time.time() - started)
-        rl_curves(run)
-        bar.set_postfix(shown(row), refresh=False)
+        if "eval_reward" in row:
+            rl_curves(run)
+        bar.set_postfix({k: f"{row[k]:.2f}" for k in SHOWN if k in row}, refresh=False)
         if stopped:
             average.load_state_dict(best)
             print(f"stopped after epoch {stopped}: more reward, but less of it certain; best.pt counts")
             break
 
     # 5. Compare with the base model: other held-out prompts, independent noise for the two.
-    prompts, models = held_out_prompts(cfg.eval_prompts, cfg.win_prompts), {"base": base, "aligned": average}
+    prompts = held_out_prompts(cfg.eval_prompts, cfg.win_prompts)
     completions = {
-        k: pipe.complete(unet, prompts, sampling, seed=cfg.seed, stream=f"judge {k}") for k, unet in models.items()
+        name: pipe.complete(unet, prompts, sampling, seed=cfg.seed, stream=f"judge {name}")
+        for name, unet in (("base", base), ("aligned", average))
     }
     summary = comparison(completions, prompts, reward) | {
         "kl": float(pipe.kl_to_base(average, prompts.select(slice(0, 64)), sampling, seed=cfg.seed).mean()),
@@ -217,7 +212,7 @@ def main() -> None:
         "seed": cfg.seed,
     }
     run.write_json("summary.json", summary)
-    print(f"{run.path}: {said(summary, len(prompts))}")
+    print(f"{run.path}: {conclusion(summary, len(prompts))}")
     print(f"look at {run.path / 'samples'} and {run.path / 'curves.png'}")
 
 
@@ -231,10 +226,8 @@ def check(cfg: RLConfig) -> None:
     if cfg.prompts * cfg.samples == 1:
         raise ValueError("--prompts 1 --samples 1: a single completion is neither better nor worse than another")
     if cfg.updates_per_epoch > cfg.prompts * cfg.samples:
-        raise ValueError(
-            f"--updates-per-epoch {cfg.updates_per_epoch}: more than the {cfg.prompts * cfg.samples} completions of an "
-            "epoch"
-        )
+        completions = cfg.prompts * cfg.samples
+        raise ValueError(f"--updates-per-epoch {cfg.updates_per_epoch}: more than the {completions} completions")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -322,12 +315,6 @@ def evaluation_row(scores: Scores, gold: Tensor | None) -> dict[str, float]:
     return row | {f"eval_{k}": float(scores.parts[k].mean()) for k in ("trusted", "bound") if k in scores.parts}
 
 
-def shown(row: dict[str, float]) -> dict[str, str]:
-    """What the progress bar shows of a row."""
-    formats = {"reward": "{:.2f}", "kl": "{:.1f}", "clip_fraction": "{:.0%}", "eval_gold": "{:.2f}"}
-    return {k: f.format(row[k]) for k, f in formats.items() if k in row}
-
-
 # ------------------------------------------------------------------------------------------------ after the loop
 
 
@@ -348,7 +335,7 @@ def comparison(completions: dict[str, Tensor], prompts: Prompts, reward: Checked
     }
 
 
-def said(summary: dict, count: int) -> str:
+def conclusion(summary: dict, count: int) -> str:
     """The comparison in one sentence."""
     by_gold = f", {summary['win_rate']:.3f} by gold, the toy raters' preference" if summary["judge"] == "gold" else ""
     return (

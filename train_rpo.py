@@ -2,11 +2,11 @@
 
     python train_rpo.py --small
 
-The base model draws pictures for a few prompts; the references are preferred to them with a probability that the
-rewards give. The UNet learns the references (similarity loss) and the preference (Bradley-Terry loss), and the
-lambda-harmonic reward on validation prompts decides which step to keep. `main` is the algorithm; below it stand the
-checks, the subject, and the final comparison.
+The base model draws pictures for a few prompts. Each reference is labelled better than a drawn picture with a
+probability that their rewards give. The UNet learns the references (similarity loss) and the preference (Bradley-Terry
+loss), and the lambda-harmonic reward on validation prompts decides which step to keep.
 """
+# `main` is the algorithm; below it stand the checks, the subject, and the final comparison.
 
 from __future__ import annotations
 
@@ -44,53 +44,51 @@ class RPOConfig:
     subject: int = opt(0, "number of the toy subject", lo=0, hi=999)
     references: str = opt("", "folder with pictures of your subject instead")
     class_name: str = opt("", "what it is, in a word or two: dog")
-    live: bool = opt(False, "a living subject: DreamBench's other prompts")
-    prompt_file: str = opt(
-        "", "text file of prompts for it, one a line with [V]: they train, validate and test in turn"
-    )
+    live: bool = opt(False, "the subject is alive, a pet: DreamBench's prompts for animals")
+    prompt_file: str = opt("", "file of prompts with [V], one per line: training, then validation, then test")
     out: str = opt("", "run folder; empty: runs/rpo-small, or the next free name")
     seed: int = opt(0, "seed of toy prompts, pictures, noise, labels and order", lo=0, hi=999_999)
     # what is compared
-    train_prompts: int = opt(8, "prompts that the base model draws", lo=1)
-    images: int = opt(4, "pictures a training prompt", lo=1)
-    lam_train: float = opt(
-        0.0, "lambda of the rewards behind the labels: 1 is the subject alone, 0 the prompt alone", lo=0, hi=1
-    )
-    label_temperature: float = opt(1.0, "divides the difference of rewards", lo=1e-6)
-    soft_labels: bool = opt(False, "labels are probabilities; off: drawn anew for each pair")
+    train_prompts: int = opt(8, "training prompts, which the base model draws", lo=1)
+    images: int = opt(4, "pictures per training prompt", lo=1)
+    lam_train: float = opt(0.0, "lambda of the reward behind labels: 1 the subject, 0 the prompt alone", lo=0, hi=1)
+    label_temperature: float = opt(1.0, "divides the difference of rewards; smaller gives clearer labels", lo=1e-6)
+    soft_labels: bool = opt(False, "labels are probabilities; off: 0 or 1, drawn anew for each pair")
     reference_prompt: str = opt(
         "modified",
-        "what the reference is called in a pair (the released code: instance, one error for both losses)",
+        "prompt of the reference in a pair: that of the drawn picture (modified) or 'a photo of a [V] dog' (instance)",
         choices=("modified", "instance"),
     )
     share_noise: bool = opt(False, "both pictures of a pair get the same noise and time, as in Diffusion-DPO")
     # the update
     mode: str = opt(
         "rpo",
-        "rpo, similarity or preference alone, or dreambooth: similarity and as many pictures of the class alone",
+        "both losses (rpo), one alone, or dreambooth: similarity loss and as many pictures of the class",
         choices=("rpo", "similarity", "preference", "dreambooth"),
     )
-    beta: float = opt(1.0, "beta in units of the mean squared error (the released code: 1)", lo=0)
+    beta: float = opt(1.0, "slope of the preference loss, per unit of the mean squared error", lo=0)
     updates: int = opt(400, "optimiser steps", lo=1)
-    batch_size: int = opt(1, "pairs an update", lo=1)
+    batch_size: int = opt(1, "pairs per update", lo=1)
     lr: float = opt(5e-6, "learning rate of AdamW", lo=0)
     weight_decay: float = opt(0.01, "weight decay of AdamW", lo=0)
     grad_clip: float = opt(1.0, "largest gradient norm", lo=1e-6)
     # when to stop
-    lam_val: float = opt(0.5, "lambda of the validation reward that decides (the paper: 0.3, 0.5 or 0.7)", lo=0, hi=1)
+    lam_val: float = opt(0.5, "lambda of the reward that decides which step is kept (paper: 0.3, 0.5, 0.7)", lo=0, hi=1)
     mean: str = opt(
-        "harmonic", "how the validation reward joins likeness to subject and prompt", choices=("harmonic", "arithmetic")
+        "harmonic",
+        "mean of likeness to subject and to prompt that is the validation reward",
+        choices=("harmonic", "arithmetic"),
     )
     val_prompts: int = opt(8, "validation prompts", lo=1)
-    val_images: int = opt(4, "pictures a validation prompt", lo=1)
+    val_images: int = opt(4, "pictures per validation prompt", lo=1)
     val_every: int = opt(40, "updates between validations", lo=1)
-    patience: int = opt(0, "validations in which no lambda's reward improves, after which to stop; 0: never", lo=0)
+    patience: int = opt(0, "stop after so many validations without improvement at any lambda; 0: never", lo=0)
     # sampling and the final comparison
-    sampling_steps: int = opt(50, "DDIM steps of a picture", lo=2, hi=1000)
-    guidance: float = opt(7.5, "classifier-free guidance scale (the paper does not say)", lo=0)
-    eta: float = opt(1.0, "noise of the DDIM steps (the paper does not say)", lo=0, hi=1)
+    sampling_steps: int = opt(50, "DDIM steps per picture", lo=2, hi=1000)
+    guidance: float = opt(7.5, "classifier-free guidance scale", lo=0)
+    eta: float = opt(1.0, "randomness of the DDIM steps", lo=0, hi=1)
     test_prompts: int = opt(25, "prompts of the final comparison", lo=1)
-    test_images: int = opt(4, "pictures a test prompt", lo=1)
+    test_images: int = opt(4, "pictures per test prompt", lo=1)
     image_encoder: str = opt("", "a further judge of likeness: package.module:function, pictures to embeddings (B, D)")
     device: str = opt("cpu", "cpu, cuda or mps")
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)

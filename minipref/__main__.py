@@ -8,11 +8,11 @@ from importlib import import_module
 from .runtime.config import run_main
 
 COMMANDS = {
-    "pretrain": "weights from nothing: CLIP, UNet",
-    "check-data": "what a folder of pictures or ratings holds, and what is wrong where",
+    "pretrain": "train CLIP and UNet weights from scratch",
+    "check-data": "what a folder of pictures or ratings holds, and what is wrong, and where",
     "sample": "complete pictures, base beside aligned",
-    "bench": "what each kernel and each saving of the loop is worth here",
-    "evaluate": "WinRate, rewards, KL and a grid of a run; without one, the base model's text-to-image",
+    "bench": "time each kernel and each saving of the loop on this machine",
+    "evaluate": "WinRate, rewards, KL and a grid of a run; without --run, test the base model's text-to-image",
 }
 MOVED = {"tutorial": "python tutorials/run.py NUMBER", "claims": "python tutorials/claims.py"}
 

@@ -61,9 +61,7 @@ class Schedule:
             u = torch.arange(N + 1, dtype=torch.float64) / N
             betas = (1 - alpha_bar(u[1:]) / alpha_bar(u[:-1])).clamp(max=0.999)
         else:
-            raise ValueError(
-                f"beta_schedule={c.beta_schedule!r}; choose linear, scaled_linear or squaredcos_cap_v2 (cosine)"
-            )
+            raise ValueError(f"beta_schedule={c.beta_schedule!r}; choose linear, scaled_linear or squaredcos_cap_v2")
         if c.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type={c.prediction_type!r}; choose epsilon or v_prediction")
         self.betas = betas
@@ -93,9 +91,7 @@ class Schedule:
         else:
             raise ValueError(f"timestep_spacing={spacing!r}; choose leading, trailing or linspace")
         if t[-1] >= N:
-            raise ValueError(
-                f"steps={steps}: with steps_offset={self.config.steps_offset} they begin beyond time {N - 1}"
-            )
+            raise ValueError(f"steps={steps}, steps_offset={self.config.steps_offset}: they begin beyond time {N - 1}")
         return t.flip(0)
 
     def coefficients(self, t: Tensor, t_prev: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +169,8 @@ def ddim_step(
     model_output, x_t, noise, x_prev (B, C, H, W); t, t_prev int or (B,).
     Returns x_prev in x_t's dtype and its log-probability (B,), fp32, the mean over dimensions. The drawn latent is
     rounded to x_t's dtype *before* it is scored, so that a later replay scores the same number. Where sigma = 0 the
-    step is deterministic and has no density: its log-probability is NaN.
+    step is deterministic and has no density: its log-probability is NaN. `rollout` and `replay` take the same step with
+    coefficients at hand: another sampler begins in `Schedule.coefficients`.
     """
     coefficients = _coefficients(schedule, x_t, t, t_prev, eta)
     return ddim_step_logprob(model_output, x_t, *coefficients, noise=noise, x_prev=x_prev)
@@ -186,7 +183,8 @@ def ddim_step(
 class Condition:
     """What a completion is conditioned on, encoded once per batch.
 
-    context (B, L, D): text;  empty (B, L, D) or None: the empty text, read by guidance ≠ 1;
+    context (B, L, D): text;  empty (B, L, D) or None: the empty text, read by guidance ≠ 1 (either may be one text
+    expanded to B, stride 0: the UNet then computes its keys and values once);
     mask (B, M, h, w) and masked (B, C, h, w): hole and masked picture on the latent grid, or None for a model
     without inpainting channels.
     """
@@ -201,8 +199,13 @@ class Condition:
 
     def __getitem__(self, index) -> Condition:
         """The samples that `index` (slice or tensor) selects."""
-        parts = {k: v[index] for k, v in vars(self).items() if v is not None}
-        return Condition(**parts)
+
+        def rows(v: Tensor) -> Tensor:
+            return (
+                v[:1].expand(len(index), *v.shape[1:]) if v.stride(0) == 0 and isinstance(index, Tensor) else v[index]
+            )
+
+        return Condition(**{k: rows(v) for k, v in vars(self).items() if v is not None})
 
     def unet_input(self, x_t: Tensor) -> Tensor:
         """cat[noisy latent, mask, masked-image latent] along the channels, as Stable Diffusion inpainting has it."""
@@ -214,9 +217,7 @@ class Condition:
 
 def needs_guidance(condition: Condition, guidance: float) -> bool:
     """False where both branches would be equal: a scale of 1, no empty text, or prompts that are the empty text."""
-    if guidance == 1 or condition.empty is None:
-        return False
-    return not torch.equal(condition.context, condition.empty)
+    return guidance != 1 and condition.empty is not None and not torch.equal(condition.context, condition.empty)
 
 
 def predict(unet, x_t: Tensor, t: Tensor | int, condition: Condition, *, guidance: float = 1.0) -> Tensor:
@@ -279,11 +280,8 @@ def sample_generators(seed: int, stream: int | str, indices: Iterable[int]) -> l
     """One CPU generator per sample, a function of (seed, stream, global sample index) alone: results depend neither
     on how a batch is split nor on how many processes share it. `stream`: a training epoch, or a name of STREAMS."""
     number = STREAMS[stream] if isinstance(stream, str) else stream
-    words = [(seed, number % 2**32, int(i)) for i in indices]
-    return [
-        torch.Generator().manual_seed(int(np.random.SeedSequence(w).generate_state(1, np.uint64)[0] >> 1))
-        for w in words
-    ]
+    seeds = [np.random.SeedSequence((seed, number % 2**32, int(i))).generate_state(1, np.uint64)[0] for i in indices]
+    return [torch.Generator().manual_seed(int(s >> 1)) for s in seeds]
 
 
 @torch.no_grad()

@@ -110,23 +110,23 @@ def rl_curves(run: RunFolder) -> None:
         Panel("Trust weight, 10-50-90 %", "epoch", "gamma", _band(run, "gamma", "training")),
         Panel("Trusted completions", "epoch", "share under the 99 % norm", [line("eval_trusted", "held out")]),
     ]
-    kept = [p for p in panels if any(s.x for s in p.series)]
-    if kept:
-        curves(kept, run.path / "curves.png")
+    drawn = [p for p in panels if any(s.x for s in p.series)]
+    if drawn:
+        curves(drawn, run.path / "curves.png")
 
 
-def rpo_grid(path: Path, subject, asked: list, shown: dict[str, Tensor], count: int = 8) -> None:
+def rpo_grid(path: Path, subject, prompts: list, pictures: dict[str, Tensor], count: int = 8) -> None:
     """The references; below them the rows of `shown`, (P, 3, H, W) each, one picture for each of P prompts `asked`.
 
     The first `count` prompts are shown, never chosen.
     """
     references = grid([("references", subject.references[:count])], cell=96, title=subject.name)
-    rows = [(k, v[:count]) for k, v in shown.items()]
-    save(stack([references, grid(rows, cell=96, columns=[p.text for p in asked[:count]])]), path)
+    rows = [(k, v[:count]) for k, v in pictures.items()]
+    save(stack([references, grid(rows, cell=96, columns=[p.text for p in prompts[:count]])]), path)
 
 
-def rpo_curves(run: RunFolder, lam: float, mean: str, kept: int) -> None:
-    """curves.png of an RPO run; the kept step is marked on every validated curve."""
+def rpo_curves(run: RunFolder, lam: float, mean: str, best: int) -> None:
+    """curves.png of an RPO run; the best step is marked on every validated curve."""
 
     def line(key: str, label: str) -> Series:
         return Series(label, *run.column(key, "step"))
@@ -134,8 +134,8 @@ def rpo_curves(run: RunFolder, lam: float, mean: str, kept: int) -> None:
     def validated(title: str, unit: str, names: dict[str, str]) -> Panel:
         columns = {label: run.column(key, "step") for key, label in names.items()}
         drawn = [Series(label, x, y) for label, (x, y) in columns.items() if x]
-        points = [y[x.index(kept)] for x, y in columns.values() if kept in x]
-        return Panel(title, "step", unit, [*drawn, Series("kept", [kept] * len(points), points, points=True)])
+        points = [y[x.index(best)] for x, y in columns.values() if best in x]
+        return Panel(title, "step", unit, [*drawn, Series("best step", [best] * len(points), points, points=True)])
 
     measures = {f"val_{k}": k for k in ("subject", "background", "second", "all")}
     losses = [line(k, k) for k in ("similarity", "prior")]

@@ -100,10 +100,15 @@ class Pipeline:
         return self.unet.config.in_channels > self.codec.channels
 
     @torch.no_grad()
+    def context(self, texts: list[str]) -> Tensor:
+        """The UNet's text condition (B, L, D); where all texts are the same, one row expanded."""
+        once = texts[:1] if len(set(texts)) == 1 else texts
+        return self.clip.context(self.tokenizer(once).to(self.device)).expand(len(texts), -1, -1)
+
+    @torch.no_grad()
     def condition(self, prompts: Prompts) -> Condition:
         """Texts, holes and masked pictures, encoded once. Texts alone are one large hole to a UNet that inpaints."""
-        ids, empty = (self.tokenizer(t).to(self.device) for t in (prompts.texts, [""] * len(prompts)))
-        context, without = self.clip.context(ids), self.clip.context(empty)
+        context, without = self.context(prompts.texts), self.context([""] * len(prompts))
         if not self.inpaints:
             if prompts.masks is not None and not bool((prompts.masks > 0.5).all()):
                 raise ValueError("this UNet has no inpainting channels: it draws from texts and cannot fill a hole")

@@ -102,8 +102,8 @@ def _load(name: str, pipeline: Pipeline, built_in: dict[str, Reward]) -> Reward:
     if name in built_in:
         return built_in[name]
     if ":" not in name:
-        known = ", ".join(["model", "model:RUN", "clip:TEXT", *built_in])
-        raise ValueError(f"--reward {name}: unknown; choose {known}, or yours as package.module:function")
+        names = ", ".join(["model", "model:RUN", "clip:TEXT", *built_in])
+        raise ValueError(f"--reward {name}: unknown; choose {names}, or yours as package.module:function")
     return import_function("--reward", name)
 
 
@@ -114,13 +114,13 @@ def import_function(flag: str, name: str) -> Callable:
     if os.getcwd() not in sys.path:  # a script's own folder is on the path, the user's is not
         sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
     except Exception as e:  # whatever the user's module does when it is imported
         reason = f"{type(e).__name__}: {e}"
         raise ValueError(f"{flag} {name}: cannot be imported ({reason}); run from the folder that holds it") from None
-    if not callable(found):
+    if not callable(function):
         raise ValueError(f"{flag} {name}: is no function")
-    return found
+    return function
 
 
 def _weighted_sum(terms: list[str], load: Callable[[str], Reward]) -> Reward:
@@ -199,20 +199,23 @@ class ImageJudge:
     def embed(self, images: Tensor) -> Tensor:
         """Unit vectors (B, D) of pictures (B, 3, H, W) in [0, 1]."""
         try:
-            found = self.encoder(images)
+            embedding = self.encoder(images)
         except Exception as e:
             raise ValueError(f"--image-encoder {self.name}: raised {type(e).__name__}: {e}") from e
         D = self.references.shape[1] if hasattr(self, "references") else "D"
-        found = found.float() if isinstance(found, Tensor) else found
+        embedding = embedding.float() if isinstance(embedding, Tensor) else embedding
         fits = (
-            isinstance(found, Tensor) and found.ndim == 2 and len(found) == len(images) and D in ("D", found.shape[1])
+            isinstance(embedding, Tensor)
+            and embedding.ndim == 2
+            and len(embedding) == len(images)
+            and D in ("D", embedding.shape[1])
         )
-        if not (fits and found.isfinite().all() and found.norm(dim=1).gt(0).all()):
-            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if not (fits and embedding.isfinite().all() and embedding.norm(dim=1).gt(0).all()):
+            what = tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
             raise ValueError(
                 f"--image-encoder {self.name}: gave {what}, expected ({len(images)}, {D}), finite and no row all zero"
             )
-        return torch.nn.functional.normalize(found, dim=1)
+        return torch.nn.functional.normalize(embedding, dim=1)
 
     def __call__(self, images: Tensor) -> float:
         cosines = [self.embed(x) @ self.references.T for x in images.split(64)]
@@ -270,10 +273,10 @@ class SubjectReward:
     @torch.no_grad()
     def read(self, prompts: list[str]) -> Tensor:
         """Texts without "[V]", each different one encoded once: (B, P)."""
-        said = sorted({stripped(p) for p in prompts})
+        texts = sorted({stripped(p) for p in prompts})
         device = next(self.clip.parameters()).device
-        known = dict(zip(said, self.clip.encode_text(self.tokenizer(said).to(device)).cpu()))
-        return torch.stack([known[stripped(p)] for p in prompts])
+        encoded = dict(zip(texts, self.clip.encode_text(self.tokenizer(texts).to(device)).cpu()))
+        return torch.stack([encoded[stripped(p)] for p in prompts])
 
     def __call__(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) in [0, 1], B prompts -> I (B,), T (B,), each in [0, 1]."""

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the training scripts live at the top
+sys.path.insert(0, str(Path(__file__).parent.parent / "tutorials"))  # run.py and claims.py live there,
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the training scripts at the top
 
 import pytest
 import torch

@@ -9,8 +9,9 @@ import torch
 
 import train_rl
 import train_rpo
-from minipref import reward_model as R
+from minipref import reward_model
 from minipref.diffusion import Condition, Schedule, ScheduleConfig
+from minipref.kernels.ddim_step_logprob import step_gaussian
 from minipref.models.reward_features import FeatureConfig, RewardFeatures
 from minipref.pipeline import load_unet
 from minipref.runtime.config import run_main
@@ -27,9 +28,10 @@ def learned(seed=0, **changes):
     """A reward model of random features, with trust weight exp(-1.5 norm + 0.3)."""
     torch.manual_seed(seed)
     features = RewardFeatures(FeatureConfig(pixel_width=4, widths=(4, 6), dim=5))
-    ridge = R.ridge_fit(gaussian(40, 5), gaussian(40, seed=1), 0.5)
-    known = {"k": 1.5, "b": 0.3, "norm_quantiles": {"0.5": 0.2, "0.99": 0.9}, "label_norms": NORMS}
-    return R.LearnedReward(features, ridge, R.Calibration(**(known | {"noise_scale": 0.2, "psi_norm": 1.5} | changes)))
+    ridge = reward_model.ridge_fit(gaussian(40, 5), gaussian(40, seed=1), 0.5)
+    values = {"k": 1.5, "b": 0.3, "norm_quantiles": {"0.5": 0.2, "0.99": 0.9}, "label_norms": NORMS}
+    values |= {"noise_scale": 0.2, "psi_norm": 1.5} | changes
+    return reward_model.LearnedReward(features, ridge, reward_model.Calibration(**values))
 
 
 def schedule(**changes):
@@ -38,6 +40,12 @@ def schedule(**changes):
 
 def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def step_mean(s, output, x_t, t, t_prev, eta):
+    """Mean like x_t and sigma (B, 1, 1, 1) of the step t → t_prev: the schedule's coefficients, the step's Gaussian."""
+    times = (torch.as_tensor(v).expand(len(x_t)) for v in (t, t_prev))
+    return step_gaussian(output, x_t, *s.coefficients(*times, eta))
 
 
 def condition(batch, width=3, context=None, empty=None):

@@ -74,7 +74,8 @@ def as_tuple(x):
 
 
 def step_inputs(shape, dtype, how="dense"):
-    u, e, x, noise, x_prev = (strided(randn(*shape, dtype=dtype), how) for _ in range(5))
-    full = common.full_dtype(x)
-    k_x, k_eps = (randn(shape[0]).to(full) for _ in range(2))
-    return u, e, x, noise, x_prev, k_x, k_eps, (0.2 + torch.rand(shape[0], dtype=DOUBLE)).to(full).to(DEVICE)
+    """model_output, x_t, noise, x_prev of this shape; k_x, k_out, sigma (B,)."""
+    output, x_t, noise, x_prev = (strided(randn(*shape, dtype=dtype), how) for _ in range(4))
+    full = common.full_dtype(x_t)
+    k_x, k_out = (randn(shape[0]).to(full) for _ in range(2))
+    return output, x_t, noise, x_prev, k_x, k_out, (0.2 + torch.rand(shape[0], dtype=DOUBLE)).to(full).to(DEVICE)

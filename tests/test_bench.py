@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minipref import bench, bench_kernels
-from minipref.diffusion import Condition, Schedule, ScheduleConfig, predict, rollout
+from minipref.commands import bench, bench_kernels
+from minipref.diffusion import Condition, Schedule, ScheduleConfig, ddim_step, predict, rollout
 from minipref.kernels import common
 from minipref.models.unet import UNet, UNetConfig
 
@@ -19,26 +19,30 @@ TINY = UNetConfig(
 NAMES = ["one_branch", "keep_activations", "no_waiting"]
 
 
-def setting(batch=3, steps=4):
+def setting(batch=3):
     torch.manual_seed(0)
     unet = UNet(TINY)
     context, mask, masked = torch.randn(batch, 5, 12), torch.ones(batch, 1, 8, 8), torch.randn(batch, 4, 8, 8)
-    noise = torch.randn(batch, steps + 1, 4, 8, 8)
-    return unet, Schedule(ScheduleConfig()), Condition(context, mask, masked), noise
+    return unet, Schedule(ScheduleConfig()), Condition(context, mask, masked), (4, 8, 8)
 
 
 def outcome(spoil=None, **saved):
     """An iteration with these savings alone, and how many pictures the UNet has seen."""
-    unet, schedule, condition, noise = setting()
+    unet, schedule, condition, shape = setting()
     pictures = []
     unet.register_forward_pre_hook(lambda m, x: pictures.append(len(x[0])))
     savings = bench.Savings(**{**dict.fromkeys(NAMES, False), **saved})
     with pytest.MonkeyPatch.context() as patch:
         if spoil:
             true = bench.clipped_surrogate
-            patch.setattr(bench, "clipped_surrogate", lambda *a, **k: (spoil * true(*a, **k)[0],))
-        found = bench.iteration(unet, schedule, condition, noise, savings, steps=4, train_steps=2)
-    return found, sum(pictures)
+
+            def spoilt(*args, **options):
+                loss, *rest = true(*args, **options)
+                return spoil * loss, *rest
+
+            patch.setattr(bench, "clipped_surrogate", spoilt)
+        result = bench.iteration(unet, schedule, condition, shape, savings, steps=4, train_steps=2, seed=5)
+    return result, sum(pictures)
 
 
 def test_no_saving_changes_what_is_computed():
@@ -55,6 +59,31 @@ def test_the_comparison_would_notice():
     """A loss of another scale, and none at all."""
     wasteful = outcome()[0]
     assert outcome(spoil=1.01)[0].difference(wasteful) > 1e-3 and outcome(spoil=1e-9)[0].difference(wasteful) > 0.9
+
+
+def test_an_iteration_is_the_loops_own_rollout_and_one_update_of_what_it_replays():
+    """Latents and log-probabilities are those of `rollout`; the gradient is the surrogate's, by hand (ratio 1)."""
+    unet, schedule, condition, shape = setting()
+    before = [p.detach().clone() for p in unet.parameters()]
+    g = torch.Generator().manual_seed(5)
+    trajectory = rollout(unet, schedule, condition, shape=shape, steps=4, generator=g)
+    last = trajectory.latents[:, -1].flatten(1).mean(1)
+    centred = last - last.mean()
+    advantage = centred / centred.square().mean().sqrt()
+    loss = 0.0
+    for i in range(2):
+        t, t_prev = trajectory.timesteps[i : i + 2].tolist()
+        output = predict(unet, trajectory.latents[:, i], t, condition)
+        _, log_prob = ddim_step(
+            schedule, output, trajectory.latents[:, i], t, t_prev, eta=1.0, x_prev=trajectory.latents[:, i + 1]
+        )
+        loss = loss - (advantage * log_prob).mean() / 2  # at ratio 1 the surrogate's slope is REINFORCE's
+    slopes = torch.cat([p.flatten() for p in torch.autograd.grad(loss, list(unet.parameters()))])
+    result = bench.iteration(unet, schedule, condition, shape, bench.Savings(), steps=4, train_steps=2, seed=5)
+    latents, log_probs, gradient = result.results
+    assert torch.equal(latents, trajectory.latents[:, -1]) and torch.equal(log_probs, trajectory.log_probs)
+    assert torch.allclose(gradient, slopes, rtol=1e-3, atol=1e-4 * float(slopes.abs().max()))
+    assert not all(torch.equal(a, b) for a, b in zip(before, unet.parameters()))  # the weights have moved
 
 
 class Waits(TorchDispatchMode):
@@ -89,11 +118,11 @@ def test_the_sampling_loop_never_waits_for_the_device(guidance, waits):
     for steps in (2, 6):
         generator = torch.Generator().manual_seed(0)
         with Waits() as seen:
-            path = rollout(
+            trajectory = rollout(
                 unet, Schedule(ScheduleConfig()), condition, shape=(4, 8, 8), steps=steps, guidance=guidance,
                 generator=generator,
             )  # fmt: skip
-        assert path.latents.shape == (2, steps + 1, 4, 8, 8) and seen.count == waits
+        assert trajectory.latents.shape == (2, steps + 1, 4, 8, 8) and seen.count == waits
         sent.append(seen.sent)
     assert sent[0] == sent[1] > 3  # noise, times and coefficients are sent once, before the first step
 
@@ -124,11 +153,11 @@ def test_every_kernel_is_timed_against_the_same_computation():
 
 def test_the_loop_table_divides_what_it_measured(monkeypatch):
     """Median times of all rounds but the first; each form against the wasteful one, and its own difference."""
-    cfg = bench.BenchConfig(rounds=3, batch=8)
+    cfg = bench.BenchConfig(rounds=3, batch_size=8)
     seconds = {(False, False, False): 6.0, (True, True, True): 2.0}
     rounds = []
 
-    def iteration(unet, schedule, condition, noise, saved, **_):
+    def iteration(saved, policy):
         form = (saved.one_branch, saved.keep_activations, saved.no_waiting)
         rounds.append(form)
         slow = 100.0 if rounds.count(form) == 1 else 1.0  # the first round warms up
@@ -137,7 +166,7 @@ def test_the_loop_table_divides_what_it_measured(monkeypatch):
         return bench.Outcome([torch.tensor([2.0, 1.0 + off])], whole / 4, 3 * whole / 4)
 
     monkeypatch.setattr(bench, "iteration", iteration)
-    monkeypatch.setattr(bench, "loop_setting", lambda *a: (torch.nn.Linear(1, 1), None, None, None))
+    monkeypatch.setattr(bench, "loop_setting", lambda *a: {"policy": torch.nn.Linear(1, 1)})
     rows = [x.strip("| ").split(" | ") for x in bench.loop_table(cfg, torch.device("cpu")).splitlines()[4:]]
     found = {name: [float(c) for c in cells] for name, *cells in rows}
     assert found["wasteful"] == [6, pytest.approx(8 / 1.5, abs=0.05), pytest.approx(8 / 4.5, abs=0.05), 1, 0]
@@ -155,18 +184,18 @@ def test_gradients_are_compared_on_one_scale():
 
 def test_bench_prints_a_table_with_machine_and_command(capsys, tmp_path):
     out = tmp_path / "bench.md"
-    argv = ["--batch", "2", "--steps", "2", "--train-steps", "1", "--rounds", "1", "--out", str(out)]
+    argv = ["--batch-size", "2", "--sampling-steps", "2", "--train-steps", "1", "--rounds", "1", "--out", str(out)]
     bench.main(argv)
     text = capsys.readouterr().out
     assert text.strip() == out.read_text(encoding="utf-8").strip()
-    assert f"torch {torch.__version__}" in text and "minipref bench --batch 2" in text
+    assert f"torch {torch.__version__}" in text and "minipref bench --batch-size 2" in text
     assert len(re.findall(r"^\| [a-z ]+ \| \d", text, re.M)) == len(NAMES) + 2
 
 
 def test_guidance_of_equal_prompts_is_one_call():
-    unet, _, condition, noise = setting()
+    unet, _, condition, shape = setting()
     seen = []
     condition = Condition(condition.context, condition.mask, condition.masked, condition.context.clone())
     unet.register_forward_pre_hook(lambda m, x: seen.append(len(x[0])))
-    predict(unet, noise[:, 0], 500, condition, guidance=3.0)
+    predict(unet, torch.randn(3, *shape), 500, condition, guidance=3.0)
     assert seen == [3]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import gaussian
 
-from minipref import rewards as R
+from minipref import reward_model as R
 
 T = torch.tensor
 DOUBLE = torch.float64

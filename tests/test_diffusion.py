@@ -1,22 +1,24 @@
 """Denoising as decisions (PrefPaint Eqs. 1–2; DDIM; DDPM). Expected values by formula in float64, or by simulation."""
 
 import math
+import sys
 
 import pytest
 import torch
-from helpers import KINDS, randn, schedule
+from helpers import KINDS, condition, randn, schedule, step_mean
+from kernel_helpers import needs_triton
 
-from minipref import diffusion
 from minipref.diffusion import (
     Schedule,
     ScheduleConfig,
+    Trajectory,
     add_noise,
-    ddim_mean,
     ddim_step,
     gaussian_log_prob,
-    score_step,
+    replay,
     target,
 )
+from minipref.kernels import common
 
 # ------------------------------------------------------------------------------------------------ schedules
 
@@ -112,12 +114,8 @@ def test_an_unknown_schedule_option_is_named(field):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_is_added_with_unit_total_variance(kind):
-    s, x_0, eps, t = (
-        schedule(beta_schedule=kind),
-        randn(3, 2, 4, 4),
-        randn(3, 2, 4, 4, seed=1),
-        torch.tensor([0, 400, 999]),
-    )
+    s, x_0, eps = schedule(beta_schedule=kind), randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
+    t = torch.tensor([0, 400, 999])
     x_t = add_noise(s, x_0, eps, t)
     for i in range(3):
         a = s.abar[t[i]].item()
@@ -128,9 +126,8 @@ def test_v_is_the_time_derivative_along_the_noising_circle():
     """With sqrt(abar) = cos(phi), x_phi = cos(phi)·x_0 + sin(phi)·eps and v = d x_phi / d phi (Salimans & Ho 2022)."""
     s, x_0, eps = schedule(prediction_type="v_prediction"), randn(1, 1, 2, 2), randn(1, 1, 2, 2, seed=1)
     phi, h = math.acos(math.sqrt(s.abar[300].item())), 1e-6
-    derivative = ((math.cos(phi + h) - math.cos(phi - h)) * x_0 + (math.sin(phi + h) - math.sin(phi - h)) * eps) / (
-        2 * h
-    )
+    around = [(math.cos(a), math.sin(a)) for a in (phi + h, phi - h)]
+    derivative = ((around[0][0] - around[1][0]) * x_0 + (around[0][1] - around[1][1]) * eps) / (2 * h)
     assert torch.allclose(target(s, x_0, eps, torch.tensor([300])), derivative, atol=1e-8)
     assert torch.equal(target(schedule(prediction_type="epsilon"), x_0, eps, torch.tensor([300])), eps)
 
@@ -139,16 +136,24 @@ def test_shapes_that_do_not_fit_are_refused_with_both_shapes():
     s, x = schedule(), randn(2, 1, 4, 4)
     with pytest.raises(ValueError, match=r"\(2, 1, 4, 4\).*\(2, 1, 4, 5\)"):
         add_noise(s, x, randn(2, 1, 4, 5), torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match=r"\(1, 1, 4, 4\)"):
-        ddim_mean(s, x[:1], x, 500, 400, eta=1)
-    with pytest.raises(ValueError, match="x_prev"):
-        ddim_step(s, x, x, 500, 400, eta=1, x_prev=x[:1])
+    with pytest.raises(ValueError, match=r"model_output is \(1, 1, 4, 4\) but x_t is \(2, 1, 4, 4\)"):
+        ddim_step(s, x[:1], x, 500, 400, eta=1, noise=x)
+    for name in ("x_prev", "noise"):
+        with pytest.raises(ValueError, match=name + r" is \(1, 1, 4, 4\) but x_t is \(2, 1, 4, 4\)"):
+            ddim_step(s, x, x, 500, 400, eta=1, **{name: x[:1]})
     for both in ({}, {"noise": x, "x_prev": x}):
         with pytest.raises(ValueError, match="either noise"):
             ddim_step(s, x, x, 500, 400, eta=1, **both)
 
 
 # ------------------------------------------------------------------------------------------------ one step
+
+
+def replayed(s, output, x_t, x_prev, times, eta):
+    """`replay` of one step of a batch, with a network that gives `output`: log-probabilities, means, sigmas."""
+    trajectory = Trajectory(torch.stack([x_t, x_prev, x_prev], 1), torch.zeros(len(x_t), 2), torch.tensor(times), None)
+    samples = torch.arange(len(x_t))
+    return replay(lambda x, t, context: output, s, trajectory, condition(len(x_t)), samples, samples * 0, eta=eta)
 
 
 def eq2(s, output, x_t, t, t_prev, eta):
@@ -172,19 +177,26 @@ def test_the_step_is_equation_two(prediction, kind, eta):
     s = schedule(prediction_type=prediction, beta_schedule=kind, set_alpha_to_one=False)
     x_t, out = randn(1, 2, 3, 3), randn(1, 2, 3, 3, seed=1)
     for t, t_prev in ((950, 700), (500, 499), (20, 1), (3, 0), (5, -1)):
-        mean, sigma = ddim_mean(s, out, x_t, t, t_prev, eta=eta)
+        mean, sigma = step_mean(s, out, x_t, t, t_prev, eta)
         expected, expected_sigma = eq2(s, out, x_t, t, t_prev, eta)
         assert torch.allclose(mean, expected, rtol=1e-9, atol=1e-9)
-        assert sigma.item() == pytest.approx(expected_sigma, rel=1e-9, abs=1e-12)
+        assert sigma.shape == (1, 1, 1, 1) and sigma.item() == pytest.approx(expected_sigma, rel=1e-9, abs=1e-12)
+        for z in (0.0, 1.0):  # what is drawn without noise, and with one sigma of it
+            drawn, _ = ddim_step(s, out, x_t, t, t_prev, eta=eta, noise=torch.full_like(x_t, z))
+            assert torch.allclose(drawn, expected + z * expected_sigma, rtol=1e-9, atol=1e-9)
 
 
 def test_times_may_differ_within_a_batch():
     s, x, out = schedule(), randn(3, 1, 2, 2), randn(3, 1, 2, 2, seed=1)
     t, t_prev = torch.tensor([900, 400, 30]), torch.tensor([700, 100, -1])
-    mean, sigma = ddim_mean(s, out, x, t, t_prev, eta=1)
+    mean, sigma = step_mean(s, out, x, t, t_prev, 1)
+    drawn, log_prob = ddim_step(s, out, x, t, t_prev, eta=1, noise=torch.ones_like(x))
     for i in range(3):
-        one, s_one = ddim_mean(s, out[i : i + 1], x[i : i + 1], int(t[i]), int(t_prev[i]), eta=1)
-        assert torch.equal(mean[i : i + 1], one) and torch.equal(sigma[i : i + 1], s_one)
+        here, step = slice(i, i + 1), (int(t[i]), int(t_prev[i]))
+        one, s_one = step_mean(s, out[here], x[here], *step, 1)
+        assert torch.equal(mean[here], one) and torch.equal(sigma[here], s_one)
+        alone = ddim_step(s, out[here], x[here], *step, eta=1, noise=torch.ones_like(x[here]))
+        assert torch.equal(drawn[here], alone[0]) and torch.allclose(log_prob[here], alone[1], 0, 0, equal_nan=True)
 
 
 def test_ddim_at_eta_one_is_the_posterior_of_the_ddpm():
@@ -193,11 +205,10 @@ def test_ddim_at_eta_one_is_the_posterior_of_the_ddpm():
     for t in (1, 50, 500, 990):
         x_t = add_noise(s, x_0, eps, torch.tensor([t]))
         alpha, p = 1 - s.betas[t].item(), s.abar[t - 1].item()
-        precision = alpha / (1 - alpha) + 1 / (
-            1 - p
-        )  # x_t ~ N(sqrt(alpha) x_prev, 1 − alpha), x_prev ~ N(sqrt(p) x_0, 1 − p)
+        # x_t ~ N(sqrt(alpha) x_prev, 1 − alpha), x_prev ~ N(sqrt(p) x_0, 1 − p)
+        precision = alpha / (1 - alpha) + 1 / (1 - p)
         expected = (math.sqrt(alpha) * x_t / (1 - alpha) + math.sqrt(p) * x_0 / (1 - p)) / precision
-        mean, sigma = ddim_mean(s, eps, x_t, t, t - 1, eta=1)
+        mean, sigma = step_mean(s, eps, x_t, t, t - 1, 1)
         assert torch.allclose(mean, expected, atol=1e-8)
         assert sigma.item() ** 2 == pytest.approx(1 / precision, rel=1e-8)
 
@@ -207,8 +218,9 @@ def test_single_precision_holds_at_the_noisiest_step():
     s = schedule(prediction_type="v_prediction")
     x, v = randn(1, 2, 4, 4), randn(1, 2, 4, 4, seed=1)
     exact, _ = eq2(s, v, x, 999, 832, 1.0)
-    mean, _ = ddim_mean(s, v.float(), x.float(), 999, 832, eta=1)
-    assert mean.dtype == torch.float32 and (mean.double() - exact).abs().max() < 1e-6
+    drawn, _ = ddim_step(s, v.float(), x.float(), 999, 832, eta=1, noise=torch.zeros(x.shape))
+    for mean in (step_mean(s, v.float(), x.float(), 999, 832, 1)[0], drawn):
+        assert mean.dtype == torch.float32 and (mean.double() - exact).abs().max() < 1e-6
 
 
 def test_log_probability_is_the_gaussian_density_per_dimension():
@@ -220,9 +232,19 @@ def test_log_probability_is_the_gaussian_density_per_dimension():
     assert log_prob.shape == (2,) and torch.allclose(log_prob, density.flatten(1).mean(1), atol=1e-10)
     again, scored = ddim_step(s, out, x_t, 800, 600, eta=0.7, x_prev=x_prev)
     assert torch.equal(again, x_prev) and torch.equal(scored, log_prob)
-    found_mean, found_sigma, scored = score_step(s, out, x_t, x_prev, 800, 600, eta=0.7)
-    assert torch.allclose(found_mean, mean, atol=1e-9) and float(found_sigma.max()) == pytest.approx(float(sigma))
-    assert torch.equal(scored, log_prob)
+    found, found_mean, found_sigma = replayed(s, out, x_t, x_prev, (800, 600), eta=0.7)
+    assert torch.allclose(found_mean, mean, atol=1e-9) and found_sigma.flatten().tolist() == pytest.approx([sigma] * 2)
+    assert torch.equal(found, log_prob)
+
+
+def test_a_step_without_noise_has_no_density():
+    """sigma = 0: x_prev is the mean whatever the noise, and its log-probability is NaN, drawn or scored."""
+    s, x_t, out = schedule(), randn(2, 1, 2, 2), randn(2, 1, 2, 2, seed=1)
+    mean, sigma = eq2(s, out, x_t, 500, 300, 0.0)
+    drawn, log_prob = ddim_step(s, out, x_t, 500, 300, eta=0, noise=torch.ones_like(x_t))
+    assert sigma == 0 and torch.allclose(drawn, mean, atol=1e-9) and log_prob.isnan().all()
+    for x_prev in (drawn, drawn + 1):
+        assert ddim_step(s, out, x_t, 500, 300, eta=0, x_prev=x_prev)[1].isnan().all()
 
 
 def test_log_probability_of_the_mean_is_that_of_the_normalising_constant():
@@ -245,33 +267,44 @@ def test_a_latent_is_rounded_to_its_storage_type_before_it_is_scored(dtype):
     assert torch.equal(log_prob, replayed)
 
 
+@needs_triton
 def test_the_fused_step_is_the_same_step(monkeypatch):
-    """With the fused operation in place (on a CPU its reference runs): draws, scores, gradients, and mean and sigma."""
+    """The fused form in the dispatcher's place: draws, scores, gradients, mean and sigma, and where it must not run."""
     S = schedule()
     out, x_t, noise = (randn(3, 2, 4, 4, seed=i).float() for i in range(3))
     t, t_prev = torch.tensor([900, 500, 40]), torch.tensor([800, 300, 20])
-    calls = []
+    module, calls = sys.modules["minipref.kernels.ddim_step_logprob"], []
+
+    def on_gpu(impl, *given):
+        """What "auto" decides on a GPU for large latents; on a CPU the kernel runs in the interpreter."""
+        assert impl == "auto"
+        try:
+            return common.use_triton("triton", *given)
+        except RuntimeError as e:
+            assert "requires a gradient that the fused form does not have" in str(e)
+            return False
+
+    true = module._ddim_step_logprob
+    monkeypatch.setattr(module, "_ddim_step_logprob", lambda *a: calls.append(1) or true(*a))
 
     def both(function):
-        found = []
-        for fused in (False, True):
-            monkeypatch.setattr(diffusion, "_fused", lambda *a, fused=fused: fused)
-            found.append(function())
-        for a, b in zip(*found, strict=True):
+        results = []
+        for use_triton in (lambda *_: False, on_gpu):
+            monkeypatch.setattr(module, "use_triton", use_triton)
+            results.append(function())
+        for a, b in zip(*results, strict=True):
             assert torch.allclose(a, b, atol=1e-5), (a - b).abs().max()
-        return found[1]
+        return results[1]
 
-    true = diffusion.ddim_step_logprob
-    monkeypatch.setattr(diffusion, "ddim_step_logprob", lambda *a, **k: calls.append(1) or true(*a, **k))
     x_prev, _ = both(lambda: ddim_step(S, out, x_t, t, t_prev, eta=1.0, noise=noise))
     both(lambda: ddim_step(S, out, x_t, t, t_prev, eta=0.5, x_prev=x_prev))
-    mean, sigma, log_prob = both(lambda: score_step(S, out, x_t, x_prev, t, t_prev, eta=1.0))
-    assert mean.shape == x_t.shape and sigma.numel() == 3 and log_prob.shape == (3,)
+    log_prob, mean, sigma = both(lambda: replayed(S, out, x_t, x_prev, (900, 800), eta=1.0))
+    assert mean.shape == x_t.shape and sigma.shape == (3, 1, 1, 1) and log_prob.shape == (3,)
 
     def slopes():
         leaf = out.clone().requires_grad_()
         first = ddim_step(S, leaf, x_t, t, t_prev, eta=1.0, x_prev=x_prev)[1]
-        again = score_step(S, leaf, x_t, x_prev, t, t_prev, eta=1.0)[2]
+        again = replayed(S, leaf, x_t, x_prev, (900, 800), eta=1.0)[0]
         return [*torch.autograd.grad(first.sum(), leaf), *torch.autograd.grad(again.sum(), leaf)]
 
     assert both(slopes)[0].abs().max() > 1e-3

@@ -7,15 +7,15 @@ import pytest
 import torch
 from helpers import train_tiny as train
 
-from minipref import evaluate
+from minipref import runs
 from minipref.guard import Guard
 from minipref.pipeline import load_unet
-from minipref.rewards import Scores
+from minipref.reward_model import Scores
 
 
 def guard(floor=0.5, reward=1.0, trusted=0.9):
     made = Guard(floor)
-    made.start(reward, trusted)
+    assert made.start(reward, trusted) == (True, False)  # the base model is the best so far
     return made
 
 
@@ -69,7 +69,7 @@ def test_it_stops_where_nothing_certain_was_won_for_three_looks():
 CALLS = []
 
 
-def exploited(images, batch):
+def exploited(images, prompts):
     """A reward that rises with each call and is trusted less each time."""
     CALLS.append(len(images))
     n = float(len(CALLS))
@@ -89,7 +89,7 @@ def test_a_run_stops_and_is_judged_by_its_best_believed_weights(tmp_path, monkey
     assert (best, last) == ((2, 3) if stopped else (4, 4))
     assert summary["judged"] == ("best" if stopped else "last")
     (tmp_path / "a" / "summary.json").rename(tmp_path / "summary.json")  # a run that was cut off after the stop
-    assert evaluate.judged_by(tmp_path / "a") == summary["judged"]
+    assert runs.judged_by(tmp_path / "a") == summary["judged"]
     (tmp_path / "summary.json").rename(tmp_path / "a" / "summary.json")
     if stopped:  # the weights after two epochs are those that were judged
         CALLS.clear()
@@ -103,4 +103,4 @@ def test_a_stop_at_the_first_look_leaves_the_base_model_as_the_best(tmp_path, mo
     summary = train(tmp_path / "a", monkeypatch, reward=f"{__name__}:exploited", epochs=3, lr=0.01)
     assert summary["stopped"] == 1 and summary["kl"] == 0
     assert load_unet(tmp_path / "a" / "best.pt")[2]["epoch"] == 0
-    assert evaluate.load_run(str(tmp_path / "a"), "", "cpu")[0]["epochs"] == 3
+    assert runs.load_run(str(tmp_path / "a"), "", "cpu")[0]["epochs"] == 3

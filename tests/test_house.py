@@ -1,11 +1,8 @@
-"""The house keeps its order: imports, configuration, checkpoints, run folders, pictures that people bring."""
+"""The house keeps its order: checkpoints, run folders, pictures that people bring."""
 
-import ast
 import dataclasses
-import importlib
 import json
-import re
-import sys
+import platform
 import types
 from pathlib import Path
 
@@ -15,141 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from minipref.data import folders
+import minipref
+from minipref.data import pictures
 from minipref.models.unet import UNet, UNetConfig
+from minipref.runs import read_config
 from minipref.runtime import checkpoint
-from minipref.runtime.config import opt, parse, run_main
-from minipref.runtime.runlog import RunFolder, progress, read_run
+from minipref.runtime.runlog import RunFolder, progress
 
 ROOT = Path(__file__).parent.parent
-CORE = {"torch", "numpy", "PIL", "tqdm"}
-LEVELS = [{"runtime", "kernels"}, {"models", "data"}, {"diffusion", "rewards", "losses", "metrics"}]  # the rest above
-
-
-def imports(path: Path):
-    """(top-level package, room of minipref or None) of every import in a file, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((a.name.split(".")[0], None) for a in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            inside = path.relative_to(ROOT).parent.parts  # ("minipref", room, …)
-            full = list(inside[: len(inside) - node.level + 1]) if node.level else []
-            full += node.module.split(".") if node.module else []
-            if full[0] == "minipref" and len(full) == 1:
-                yield from (("minipref", a.name) for a in node.names)
-            else:
-                yield full[0], full[1] if full[0] == "minipref" else None
-
-
-def level(room: str) -> int:
-    return next((i for i, names in enumerate(LEVELS) if room in names), len(LEVELS))
-
-
-def test_imports_go_one_way():
-    checked = 0
-    for path in (ROOT / "minipref").rglob("*.py"):
-        own = path.relative_to(ROOT / "minipref").parts[0].removesuffix(".py")
-        for package, room in imports(path):
-            if package == "minipref" and room != own:
-                checked += 1
-                same_floor = level(own) == level(room) and level(own) >= 2
-                assert level(room) < level(own) or same_floor, f"{path.name} imports {room}"
-    assert checked > 30
-
-
-def test_only_the_core_dependencies_are_imported():
-    files = [*(ROOT / "minipref").rglob("*.py"), *ROOT.glob("train_*.py")]
-    found = {(p, f.name) for f in files for p, _ in imports(f)}
-    # Optional: asked for in one place each, which says what happens without it.
-    found -= {("triton", "common.py"), ("diffusers", "bench.py")}
-    outside = {p for p, _ in found} - set(sys.stdlib_module_names) - {"minipref"}
-    assert outside <= CORE, outside - CORE
-
-
-CONFIGS = {
-    "train_rl": "RLConfig",
-    "train_rpo": "RPOConfig",
-    "minipref.bench": "BenchConfig",
-    "train_reward": "RewardConfig",
-    "minipref.pretrain": "PretrainConfig",
-    "minipref.check_data": "CheckConfig",
-    "minipref.sample": "SampleConfig",
-    "minipref.evaluate": "EvaluateConfig",
-}
-
-
-@pytest.mark.parametrize("module", CONFIGS)
-def test_every_config_field_is_read_and_explained(module):
-    found = importlib.import_module(module)
-    config = getattr(found, CONFIGS[module])
-    homes = {sys.modules[c.__module__].__file__ for c in config.__mro__[:-1]}  # a configuration may build on another
-    source = "".join(Path(f).read_text(encoding="utf-8") for f in homes)
-    used = set(re.findall(r"\bcfg\.(\w+)", source))
-    for f in dataclasses.fields(config):
-        assert f.name in used, f"{module}: --{f.name} is read nowhere"
-        assert len(f.metadata["help"]) > 10
-    assert config.__dataclass_params__.frozen
-
-
-# ------------------------------------------------------------------------------------------------ command lines
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    lr: float = opt(0.1, "learning rate", lo=0, hi=1)
-    steps: int = opt(5, "number of steps", lo=1)
-    kind: str = opt("a", "which kind", choices=("a", "b"))
-    quick: bool = opt(False, "whether to hurry")
-
-
-PRESETS = {"small": {"steps": 7}, "large": {"steps": 70, "lr": 0.5}}
-
-
-def parsed(*argv):
-    return parse(Example, list(argv), prog="example.py", description="", presets=PRESETS)
-
-
-def test_flags_override_presets_and_presets_override_defaults():
-    assert parsed() == Example() and parsed("--small") == Example(steps=7) == parsed("--preset", "small")
-    assert parsed("--large", "--lr", "0.2", "--quick") == Example(lr=0.2, steps=70, quick=True)
-    assert parsed("--no-quick", "--kind", "b") == Example(kind="b")
-
-
-@pytest.mark.parametrize(
-    "argv,message",
-    [
-        (["--lrr", "1"], "unrecognized arguments: --lrr"),
-        (["--ste", "1"], "unrecognized arguments: --ste"),
-        (["--lr", "2"], "--lr 2.0: out of range, allowed are 0 to 1"),
-        (["--lr", "nan"], "--lr nan: not a finite number"),
-        (["--steps", "0"], "--steps 0: out of range"),
-        (["--steps", "x"], "argument --steps: invalid int value"),
-        (["--kind", "c"], "--kind c: choose from a, b"),
-        (["--kind", ""], "--kind: an empty value; leave the flag out"),
-        (["--preset", "huge"], "invalid choice: 'huge'"),
-    ],
-)
-def test_a_wrong_flag_is_one_clear_line_and_exit_code_two(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parsed(*argv)
-    text = capsys.readouterr().err
-    assert stop.value.code == 2 and message in text and text.count("\n") == 1 and text.startswith("example.py: ")
-
-
-def test_errors_that_a_user_can_mend_are_one_line(capsys):
-    def broken():
-        raise ValueError("a line\n  and another")
-
-    with pytest.raises(SystemExit) as stop:
-        run_main("example.py", broken)
-    assert stop.value.code == 2 and capsys.readouterr().err == "example.py: a line and another\n"
-
-    with pytest.raises(SystemExit) as stop:
-        run_main("example.py", lambda: torch.empty(1 << 60))  # more than any machine has
-    assert stop.value.code == 2 and "example.py: out of memory; ask for fewer pictures" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="shape"):  # a fault of ours keeps its traceback
-        run_main("example.py", lambda: torch.zeros(2).view(3))
-
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -234,29 +104,65 @@ def test_weights_of_another_configuration_are_refused():
 # ------------------------------------------------------------------------------------------------ run folders
 
 
+VERSIONS = {"minipref": minipref.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
 def test_a_run_folder_logs_plain_json_and_is_never_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = RunFolder("", "runs/x", {"seed": 1})
+    run = RunFolder("", "runs/x", {"seed": 1, "device": "cpu"}, "train_rl.py")
     run.log(epoch=1, reward=float("nan"), kl=0.123456789)
     run.log(epoch=2, reward=2.0)
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows == [{"epoch": 1, "reward": None, "kl": 0.1234568}, {"epoch": 2, "reward": 2.0}]
-    assert run.column("kl") == ([1], [0.123456789]) and read_run("runs/x") == {"seed": 1}
+    whole = {"seed": 1, "device": "cpu", "script": "train_rl.py", "versions": VERSIONS}
+    assert run.column("kl") == ([1], [0.123456789]) and read_config("runs/x") == whole
+    assert json.loads((run.path / "config.json").read_text(encoding="utf-8")) == whole
     assert (run.path / "command.txt").read_text(encoding="utf-8").startswith("python ")
-    assert RunFolder("", "runs/x", {}).path == Path("runs/x-2")
+    assert RunFolder("", "runs/x", {}, "s").path == Path("runs/x-2")
     with pytest.raises(ValueError, match="holds something already"):
-        RunFolder("runs/x", "", {})
+        RunFolder("runs/x", "", {}, "s")
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "reward.pt").touch()
     with pytest.raises(ValueError, match="holds something already"):
-        RunFolder("weights", "", {})
+        RunFolder("weights", "", {}, "s")
     (tmp_path / "empty").mkdir()
-    assert RunFolder("empty", "", {}).path == Path("empty")
+    assert RunFolder("empty", "", {}, "s").path == Path("empty")
     with pytest.raises(FileNotFoundError, match="no run lies there"):
-        read_run("runs/none")
+        read_config("runs/none")
     (run.path / "config.json").write_text('{"seed":')
     with pytest.raises(ValueError, match="not readable as JSON"):
-        read_run("runs/x")
+        read_config("runs/x")
+
+
+# What config.json held before it named its script, as far as names have changed or look as if they had.
+OLD_RUNS = {
+    "train_rl.py": (
+        {"clip_range": 1.64, "steps": 6, "updates": 2, "prompts": 16, "lr": 1e-4, "eta": 1.0, "reward": "model"},
+        {"clip_range": 1.64, "sampling_steps": 6, "updates_per_epoch": 2, "prompts": 16, "lr": 1e-4, "eta": 1.0,
+         "reward": "model"},
+    ),
+    "train_rpo.py": (
+        {"lam_val": 0.5, "steps": 400, "sample_steps": 50, "prompts": "mine.txt", "batch": 4, "train_prompts": 8},
+        {"lam_val": 0.5, "updates": 400, "sampling_steps": 50, "prompt_file": "mine.txt", "batch_size": 4,
+         "train_prompts": 8},
+    ),
+    "train_reward.py": (
+        {"psi_norm": 0.0, "steps": 6, "batch": 32, "resume_with": "r", "second_prompts": 300, "prompts": 1536},
+        {"psi_norm": 0.0, "sampling_steps": 6, "batch_size": 32, "second_round": "r", "second_round_prompts": 300,
+         "prompts": 1536},
+    ),
+    "": ({"steps": 3, "batch": 1}, {"steps": 3, "batch": 1}),  # no script of ours
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", OLD_RUNS)
+def test_the_configuration_of_an_old_run_is_read_under_todays_names(script, tmp_path):
+    old, today = OLD_RUNS[script]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert read_config(tmp_path) == today | {"script": script}
+    # Read as it is where the script stands in it: today's names that were other things' before stay.
+    (tmp_path / "config.json").write_text(json.dumps(today | {"script": script, "updates": 9, "prompts": 8}))
+    assert read_config(tmp_path) == today | {"script": script, "updates": 9, "prompts": 8}
 
 
 def test_progress_on_a_pipe_is_whole_lines(capsys):
@@ -274,18 +180,18 @@ def test_pictures_of_any_size_and_mode_become_squares(tmp_path):
     Image.fromarray(red).save(tmp_path / "rgb.png")
     Image.fromarray(red).convert("P").save(tmp_path / "palette.png")
     Image.fromarray(red).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
-    x = folders.read_image(tmp_path / "rgb.png", 32)
+    x = pictures.read_image(tmp_path / "rgb.png", 32)
     assert x.shape == (3, 32, 32) and x.dtype == torch.float32 and x[0].min() == 1 and x[1:].max() == 0
-    assert torch.allclose(folders.read_image(tmp_path / "palette.png", 32), x, atol=0.02)
-    assert torch.allclose(folders.read_image(tmp_path / "cmyk.jpg", 32), x, atol=0.05)
-    assert folders.read_image(tmp_path / "rgb.png", None).shape == (3, 40, 60)
+    assert torch.allclose(pictures.read_image(tmp_path / "palette.png", 32), x, atol=0.02)
+    assert torch.allclose(pictures.read_image(tmp_path / "cmyk.jpg", 32), x, atol=0.05)
+    assert pictures.read_image(tmp_path / "rgb.png", None).shape == (3, 40, 60)
     Image.fromarray(np.full((9, 9), 100, np.uint8)).save(tmp_path / "grey.png")
-    assert torch.allclose(folders.read_image(tmp_path / "grey.png", 32), torch.full((3, 32, 32), 100 / 255), atol=1e-6)
+    assert torch.allclose(pictures.read_image(tmp_path / "grey.png", 32), torch.full((3, 32, 32), 100 / 255), atol=1e-6)
     Image.fromarray(np.full((9, 9), 32768, np.uint16)).save(tmp_path / "deep.png")
-    assert torch.allclose(folders.read_image(tmp_path / "deep.png", 32), torch.full((3, 32, 32), 0.5), atol=0.01)
+    assert torch.allclose(pictures.read_image(tmp_path / "deep.png", 32), torch.full((3, 32, 32), 0.5), atol=0.01)
     clear = np.zeros((9, 9, 4), np.uint8)
     Image.fromarray(clear).save(tmp_path / "clear.png")
-    assert folders.read_image(tmp_path / "clear.png", 32).min() == 1  # transparency on white
+    assert pictures.read_image(tmp_path / "clear.png", 32).min() == 1  # transparency on white
 
 
 def test_a_picture_is_turned_as_its_camera_says(tmp_path):
@@ -294,15 +200,15 @@ def test_a_picture_is_turned_as_its_camera_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn clockwise to see it upright
     Image.fromarray(wide).save(tmp_path / "turned.png", exif=exif)
-    x = folders.read_image(tmp_path / "turned.png", None)
+    x = pictures.read_image(tmp_path / "turned.png", None)
     assert x.shape == (3, 20, 10) and x[:, 0].min() == 1 and x[:, -1].max() == 0
 
 
 def test_every_fifth_picture_is_held_out():
     x = torch.arange(12.0)
-    train, held = folders.split_pictures(x)
+    train, held = pictures.split_pictures(x)
     assert held.tolist() == [4, 9] and sorted(train.tolist() + held.tolist()) == x.tolist()
-    assert all(torch.equal(part, x[:9]) for part in folders.split_pictures(x[:9]))
+    assert all(torch.equal(part, x[:9]) for part in pictures.split_pictures(x[:9]))
 
 
 def test_bad_files_are_named_and_skipped_and_an_empty_folder_stops(tmp_path):
@@ -314,43 +220,43 @@ def test_bad_files_are_named_and_skipped_and_an_empty_folder_stops(tmp_path):
     (tmp_path / "note.txt").write_text("ignored")
     (tmp_path / "phone.HEIC").write_text("a format that is not read")
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    images, files, skipped = folders.read_folder(tmp_path, 32)
+    images, files, skipped = pictures.read_folder(tmp_path, 32)
     assert images.shape == (1, 3, 32, 32) and [f.name for f in files] == ["good.PNG"]
     assert len(skipped) == 4 and "cut.jpg: not a readable picture" in skipped[0] and "fake.png" in skipped[1]
     assert "gone.jpg: no such picture" in skipped[2] and "phone.HEIC: is not read; convert it" in skipped[3]
     (tmp_path / "deep" / "good.PNG").unlink()
     with pytest.raises(ValueError, match="holds no readable picture.*skipped 4, the first: .*cut.jpg"):
-        folders.read_folder(tmp_path, 32)
+        pictures.read_folder(tmp_path, 32)
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        folders.read_folder(tmp_path / "none", 32)
+        pictures.read_folder(tmp_path / "none", 32)
     with pytest.raises(FileNotFoundError, match="no such picture"):
-        folders.read_image(tmp_path / "none.png", 32)
+        pictures.read_image(tmp_path / "none.png", 32)
 
 
 def test_a_mask_is_white_in_the_hole_and_as_large_as_its_picture(tmp_path):
     mask = np.zeros((40, 60), np.uint8)
     mask[:, 30:] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
-    m = folders.read_mask(tmp_path / "m.png", (40, 60), 32)  # centre square: columns 10 to 50
+    m = pictures.read_mask(tmp_path / "m.png", (40, 60), 32)  # centre square: columns 10 to 50
     assert m.shape == (1, 32, 32) and m[0, :, 16:].min() == 1 and m[0, :, :16].max() == 0
     with pytest.raises(ValueError, match="60×40 pixels but the picture 50×50"):
-        folders.read_mask(tmp_path / "m.png", (50, 50), 32)
+        pictures.read_mask(tmp_path / "m.png", (50, 50), 32)
     clear = np.zeros((40, 60, 4), np.uint8)
     clear[:, 30:] = 255
     Image.fromarray(clear).save(tmp_path / "clear.png")  # white on transparency
-    assert torch.equal(folders.read_mask(tmp_path / "clear.png", (40, 60), 32), m)
+    assert torch.equal(pictures.read_mask(tmp_path / "clear.png", (40, 60), 32), m)
     thin = np.zeros((512, 512), np.uint8)
     thin[:, 300:303] = 255
     Image.fromarray(thin).save(tmp_path / "thin.png")
-    assert folders.read_mask(tmp_path / "thin.png", (512, 512), 32)[0].sum() == 32  # three of 512 columns: one of 32
+    assert pictures.read_mask(tmp_path / "thin.png", (512, 512), 32)[0].sum() == 32  # three of 512 columns: one of 32
     aside = np.zeros((40, 100), np.uint8)
     aside[:, :20] = 255
     Image.fromarray(aside).save(tmp_path / "aside.png")
     with pytest.raises(ValueError, match="outside the centre square of 40 pixels"):
-        folders.read_mask(tmp_path / "aside.png", (40, 100), 32)
+        pictures.read_mask(tmp_path / "aside.png", (40, 100), 32)
     Image.fromarray(mask * 0).save(tmp_path / "m.png")
     with pytest.raises(ValueError, match="no white pixel"):
-        folders.read_mask(tmp_path / "m.png", (40, 60), 32)
+        pictures.read_mask(tmp_path / "m.png", (40, 60), 32)
 
 
 @pytest.mark.parametrize("name,old,new", mutate.KERNEL_FAULTS)

@@ -1,5 +1,6 @@
 """Fused operations as PyTorch sees them: autograd, compilation, registration; which form is taken; what is refused."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from kernel_helpers import DEVICE, DOUBLE, SINGLE, as_tuple, needs_triton, param
 
 from minipref import kernels as K
 from minipref.kernels import common
-from minipref.kernels.group_norm_act import apply_group_norm
+from minipref.models.unet import GEGLU, GroupNormAct
 
 # ------------------------------------------------------------------------------------------------ autograd, compile
 
@@ -19,7 +20,7 @@ from minipref.kernels.group_norm_act import apply_group_norm
 def small_calls():
     """name -> (a function of tensors that need gradients, the tensors), tiny and in float64."""
     x, a, b = randn(1, 4, 2, 3), randn(1, 4), randn(1, 4)
-    u, e, x_t, _, x_prev, k_x, k_eps, sigma = step_inputs((2, 1, 2, 2), DOUBLE)
+    output, x_t, _, x_prev, k_x, k_out, sigma = step_inputs((2, 1, 2, 2), DOUBLE)
     six = [randn(2, 1, 2, 2) for _ in range(6)]
     y = torch.rand(2, dtype=DOUBLE, device=DEVICE)
     s = torch.rand(2, dtype=DOUBLE, device=DEVICE)
@@ -29,7 +30,7 @@ def small_calls():
         "group_norm_act": (lambda *v: K.group_norm_act(*v, 2, impl="triton"), [x, a, b]),
         "geglu": (lambda h: K.geglu(h, impl="triton"), [randn(3, 4)]),
         "ddim_step_logprob": (
-            lambda u, e: K.ddim_step_logprob(u, e, x_t, k_x, k_eps, sigma, 2.0, **given)[1], [u, e],
+            lambda output: K.ddim_step_logprob(output, x_t, k_x, k_out, sigma, **given)[1], [output],
         ),
         "preference_loss": (
             lambda p, q: K.preference_loss_from_predictions(p, q, *six[2:], y, 0.7, impl="triton"), six[:2],
@@ -52,7 +53,8 @@ def test_gradients_are_those_of_finite_differences(name):
 def test_operators_keep_pytorchs_rules(name):
     """Schemas, fake results and autograd registration (torch.library.opcheck)."""
     x, a, b = (v.requires_grad_() for v in (randn(1, 4, 2, 3), randn(1, 4), randn(1, 4)))
-    u, e, x_t, noise, x_prev, k_x, k_eps, sigma = step_inputs((2, 1, 2, 2), DOUBLE)
+    output, x_t, noise, x_prev, k_x, k_out, sigma = step_inputs((2, 1, 2, 2), DOUBLE)
+    halves = [v.half() for v in (output, x_t, x_prev)]
     six = [randn(2, 1, 2, 2) for _ in range(6)]
     s = torch.rand(2, dtype=DOUBLE, device=DEVICE)
     arguments = {
@@ -65,8 +67,10 @@ def test_operators_keep_pytorchs_rules(name):
         ],
         "geglu": [(randn(3, 4).requires_grad_(),), (randn(3, 4, dtype=torch.float16).requires_grad_(),)],
         "ddim_step_logprob": [
-            (u.requires_grad_(), e.requires_grad_(), x_t, k_x, k_eps, sigma, 2.0, x_prev, False, True),
-            (u.detach(), None, x_t, k_x, k_eps, sigma, 1.0, noise, True, False),
+            (output.requires_grad_(), x_t, k_x, k_out, sigma, x_prev, False, True),
+            (output.detach(), x_t, k_x, k_out, sigma, noise, True, False),
+            # half-precision latents with single-precision coefficients: the gradient comes back in half precision
+            (halves[0].requires_grad_(), halves[1], k_x.float(), k_out.float(), sigma.float(), halves[2], False, True),
         ],
         "preference_loss": [(six[2].requires_grad_(), six[3].requires_grad_(), *six[:2], *six[4:], s, 0.7)],
     }[name]
@@ -89,16 +93,99 @@ def test_operators_leave_no_graph_break(name):
 # ------------------------------------------------------------------------------------------------ dispatch
 
 
+def fuse(monkeypatch, name, taken):
+    """Lets the modules of the UNet take the fused form of this operation, as on a GPU; `taken` counts its calls."""
+    module = sys.modules[f"minipref.kernels.{name}"]
+    true = getattr(module, f"_{name}")
+    monkeypatch.setattr(common, "AVAILABLE", True)
+    monkeypatch.setattr(
+        module, "use_triton", lambda impl, *a: common.use_triton({"auto": "triton"}.get(impl, impl), *a)
+    )
+    monkeypatch.setattr(module, f"_{name}", lambda *a: taken.append(1) or true(*a))
+
+
 @needs_triton
-def test_a_norm_layer_and_its_fused_form_agree():
-    norm = torch.nn.GroupNorm(2, 6, eps=1e-3).to(DEVICE)
+@parametrize("act", ["silu", "identity"])
+def test_a_norm_layer_and_its_fused_form_agree(act, monkeypatch):
+    """The layer itself is PyTorch's norm and activation; fused it gives the same, gradients of its weights included."""
+    norm, taken = GroupNormAct(2, 6, 1e-3, act).to(DEVICE), []
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     for layout in ("dense", "channels_last"):
-        x = strided(randn(3, 6, 4, 4, dtype=SINGLE), layout).requires_grad_()
-        fused, own = (apply_group_norm(norm, x, impl=impl) for impl in ("triton", "torch"))
-        slopes = [torch.autograd.grad(y.square().sum(), [x, norm.weight, norm.bias]) for y in (fused, own)]
-        assert torch.allclose(fused, own, atol=1e-6)
-        assert all(torch.allclose(p, q, rtol=1e-4, atol=1e-4) for p, q in zip(*slopes))
+        x, found = strided(randn(3, 6, 4, 4, dtype=SINGLE), layout).requires_grad_(), []
+        for fused in (False, True):
+            with monkeypatch.context() as patch:
+                patch.setattr(norm, "fused", lambda x, fused=fused: fused)
+                if fused:
+                    fuse(patch, "group_norm_act", taken)
+                y = norm(x)
+            found.append([y, *torch.autograd.grad(y.square().sum(), [x, norm.weight, norm.bias])])
+        own = F.group_norm(x, 2, norm.weight, norm.bias, 1e-3)
+        assert torch.equal(found[0][0], F.silu(own) if act == "silu" else own)
+        assert torch.allclose(found[1][0], found[0][0], atol=1e-6)
+        assert all(torch.allclose(p, q, rtol=1e-4, atol=1e-4) for p, q in zip(*(f[1:] for f in found)))
+    assert len(taken) == 2
+
+
+@needs_triton
+def test_a_gated_layer_and_its_fused_form_agree(monkeypatch):
+    layer, taken, x = GEGLU(3, 4).to(DEVICE), [], randn(2, 5, 3, dtype=SINGLE).requires_grad_()
+    found = []
+    for fused in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "fused", lambda h, fused=fused: fused)
+            if fused:
+                fuse(patch, "geglu", taken)
+            y = layer(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    assert len(taken) == 1 and all(torch.allclose(p, q, rtol=1e-4, atol=1e-5) for p, q in zip(*found))
+
+
+class Deciding:
+    """A `decide` that counts how often it is asked, and says yes to samples of more than ten numbers."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return x[0].numel() > 10
+
+
+def test_a_module_decides_once_for_a_kind_of_input(monkeypatch):
+    """The kind is a sample's shape, dtype and device. The batch is none of it: rollout and replay must agree."""
+    monkeypatch.setattr(common, "AVAILABLE", True)
+    decide = Deciding()
+    decision = common.Decision(decide)
+    assert decide.calls == 0  # not before it has seen an input
+    kinds = [
+        (torch.zeros(2, 3, 4), True),
+        (torch.zeros(2, 3, 3), False),
+        (torch.zeros(2, 3, 4, dtype=torch.float64), True),
+        (torch.zeros(2, 3, 4, dtype=torch.float64, device="meta"), True),
+    ]
+    for asked, (x, answer) in enumerate(kinds, 1):
+        for batch in (1, 2, 5, 1):
+            assert decision(x[:1].expand(batch, -1, -1)) is answer and decide.calls == asked
+    same = copy.deepcopy(decision)  # a policy is a copy of its base
+    assert same(kinds[-1][0]) is True and same.decide.calls == len(kinds)
+
+
+def test_where_nothing_can_be_fused_no_module_ever_decides(monkeypatch):
+    monkeypatch.setattr(common, "AVAILABLE", False)
+    decide = Deciding()
+    decision = common.Decision(decide)
+    assert not any(decision(torch.zeros(2, n, dtype=d)) for n in (3, 400) for d in (SINGLE, DOUBLE))
+    assert decide.calls == 0
+
+
+def test_the_layers_of_a_unet_decide_once_for_many_passes(monkeypatch):
+    monkeypatch.setattr(common, "AVAILABLE", True)
+    for layer, x in ((GroupNormAct(2, 4, 1e-5), torch.zeros(1, 4, 2, 2)), (GEGLU(4, 6), torch.zeros(1, 5, 4))):
+        asked, decide = [], layer.fused.decide
+        layer.fused.decide = lambda h, asked=asked, decide=decide: asked.append(h.shape) or decide(h)
+        for batch in (1, 3, 3):
+            layer(x.expand(batch, *x.shape[1:]))
+        assert len(asked) == 1
 
 
 def test_bad_arguments_are_refused_with_names():
@@ -110,9 +197,9 @@ def test_bad_arguments_are_refused_with_names():
         (lambda: K.group_norm_act(x, v, v, 2, act="relu"), "act='relu'; choose silu, identity"),
         (lambda: K.geglu(randn(2, 5)), "expected an even number"),
         (lambda: K.q_sample(x, x[:, :1], b, b), "q_sample"),
-        (lambda: K.ddim_step_logprob(x, None, x, b, b, b.abs()), "either noise"),
-        (lambda: K.ddim_step_logprob(x, None, x, b, b, torch.tensor([0.1, 0.0]), noise=x), "sigma is 0"),
-        (lambda: K.ddim_step_logprob(x, x[:1], x, b, b, b.abs(), noise=x), r"eps_cond is \(1, 6, 2, 2\)"),
+        (lambda: K.ddim_step_logprob(x, x, b, b, b.abs()), "either noise"),
+        (lambda: K.ddim_step_logprob(x, x, b, b, b.abs(), noise=x, x_prev=x), "either noise"),
+        (lambda: K.ddim_step_logprob(x[:1], x, b, b, b.abs(), noise=x), r"model_output is \(1, 6, 2, 2\)"),
         (lambda: K.preference_loss_from_predictions(x, x, x, x, x, x[:1], b, 1.0), "six shapes must be equal"),
         (lambda: K.geglu(v, impl="cuda"), "impl='cuda'; choose auto, torch, triton"),
     ]
@@ -126,7 +213,7 @@ def test_empty_batches_are_no_error():
     x, v, b = randn(0, 4, 2, 2), randn(0, 4), randn(0)
     assert K.q_sample(x, x, b, b, impl="triton").shape == x.shape
     assert K.group_norm_act(x, v, v, 2, impl="triton").shape == x.shape and K.geglu(v, impl="triton").shape == (0, 2)
-    assert K.ddim_step_logprob(x, None, x, b, b, b, x_prev=x, impl="triton")[1].shape == (0,)
+    assert K.ddim_step_logprob(x, x, b, b, b, x_prev=x, impl="triton")[1].shape == (0,)
     assert K.preference_loss_from_predictions(x, x, x, x, x, x, b, 1.0, impl="triton")[1].shape == (0,)
 
 
@@ -136,14 +223,39 @@ def test_a_gradient_that_the_fused_form_lacks_is_refused_and_auto_falls_back():
     with pytest.raises(RuntimeError, match="requires a gradient that the fused form does not have"):
         K.q_sample(x, x, b, b, impl="triton")
     with pytest.raises(RuntimeError, match="requires a gradient that the fused form does not have"):
-        K.ddim_step_logprob(x, None, x, b, b, b, x_prev=x, impl="triton")
+        K.ddim_step_logprob(x, x, b, b, b, x_prev=x, impl="triton")
     assert K.q_sample(x, x, b, b).requires_grad
 
 
 @needs_triton
-def test_a_norm_without_weights_is_pytorchs_own():
-    norm, x = torch.nn.GroupNorm(2, 4, affine=False), randn(1, 4, 2, 2)
-    assert torch.equal(apply_group_norm(norm, x), F.silu(norm(x)))
+def test_a_step_is_drawn_or_scored_without_the_gradients_that_its_fused_form_lacks():
+    """By x_t and through what is drawn: refused where one is wanted; under no_grad none is."""
+    output, x_t, noise, x_prev, *coefficients = step_inputs((2, 1, 2, 2), DOUBLE)
+    output, leaf = output.requires_grad_(), x_t.clone().requires_grad_()
+    for changes in ({"x_t": leaf, "x_prev": x_prev}, {"x_t": x_t, "noise": noise}):
+        with pytest.raises(RuntimeError, match="requires a gradient that the fused form does not have"):
+            K.ddim_step_logprob(output, **changes, **named(coefficients), impl="triton")
+        with torch.no_grad():
+            fused = K.ddim_step_logprob(output, **changes, **named(coefficients), impl="triton")
+        own = K.ddim_step_logprob(output, **changes, **named(coefficients), impl="torch")
+        assert all(torch.allclose(p, q, atol=1e-12) for p, q in zip(fused, own)) and own[1].requires_grad
+    scored = K.ddim_step_logprob(output, x_t, *coefficients, x_prev=x_prev, impl="triton")
+    assert scored[1].requires_grad and not scored[0].requires_grad
+
+
+@needs_triton
+@parametrize("impl", ["torch", "triton"])
+def test_the_probability_of_a_step_without_noise_is_not_finite(impl):
+    """sigma = 0 has no density; the latent is the mean all the same, and other samples of the batch are untouched."""
+    output, x_t, noise, _, k_x, k_out, sigma = step_inputs((2, 1, 2, 2), DOUBLE)
+    sigma[1] = 0
+    x_prev, log_p = K.ddim_step_logprob(output, x_t, k_x, k_out, sigma, noise=noise, impl=impl)
+    assert torch.allclose(x_prev[1], k_x[1] * x_t[1] + k_out[1] * output[1], atol=1e-12)
+    assert log_p.isfinite().tolist() == [True, False] and (impl == "triton" or log_p[1].isnan())
+
+
+def named(coefficients):
+    return dict(zip(("k_x", "k_out", "sigma"), coefficients))
 
 
 def test_without_triton_everything_works_and_forcing_it_is_one_clear_error():
@@ -175,23 +287,33 @@ class OnGPU:
 def test_auto_takes_triton_on_a_gpu_where_it_pays_and_never_the_interpreter(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
     monkeypatch.setattr(common, "triton", True)
-    for interpreted in (False, True):
-        monkeypatch.setattr(common, "INTERPRETED", interpreted)
+    for available in (False, True):  # without Triton, or in its interpreter, it is not
+        monkeypatch.setattr(common, "AVAILABLE", available)
         for pays in (False, True):
-            assert common.use_triton("auto", "x", [OnGPU()], pays) == (pays and not interpreted)
+            assert common.use_triton("auto", "x", [OnGPU()], pays) == (pays and available)
         assert not common.use_triton("auto", "x", [torch.zeros(1)], True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (7, 5))
     assert not common.use_triton("auto", "x", [OnGPU()], True)
 
 
+@parametrize("interpreted", ["0", "1"])
+def test_nothing_is_fused_by_itself_in_the_interpreter_nor_without_cuda(interpreted):
+    code = "from minipref.kernels import common; print(common.AVAILABLE, common.INTERPRETED, common.triton is not None)"
+    env = {**os.environ, "TRITON_INTERPRET": interpreted}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    available, own, there = (x == "True" for x in done.stdout.split())
+    assert own == (interpreted == "1") and available == (there and not own)
+    assert available <= bool(torch.version.cuda)
+
+
 def test_what_pays_does_not_depend_on_the_batch():
-    """Rollout and replay in smaller batches take the same way. A group that must be split pays later."""
+    """Rollout and replay in smaller batches take the same way. A norm, read twice, pays later."""
     pays = sys.modules["minipref.kernels.group_norm_act"].pays
     sample = torch.empty(1, 64, 32, 32, device="meta")  # 65,536 elements
     for n in (1, 2, 100):
         x = sample.expand(n, -1, -1, -1).contiguous()
         assert common.large(x) and not common.large(x[:, :-1])
-        assert pays(x, 8) and not pays(x[:, :56].contiguous(), 8)
-        spread = x.contiguous(memory_format=torch.channels_last)
-        wide = torch.empty(n, 512, 32, 32, device="meta").contiguous(memory_format=torch.channels_last)
-        assert not pays(spread, 8) and pays(wide, 8)
+        wide = torch.empty(n, 512, 32, 32, device="meta")  # eight times as many: two launches more
+        for layout in (torch.contiguous_format, torch.channels_last):
+            assert not pays(x.contiguous(memory_format=layout)) and pays(wide.contiguous(memory_format=layout))
+        assert not pays(wide[:, :511]) and not pays(wide.flatten(2))

@@ -21,9 +21,11 @@ from kernel_helpers import (
     strided,
 )
 
+from minipref import diffusion
 from minipref import kernels as K
+from minipref.diffusion import Schedule, ScheduleConfig
 from minipref.kernels import common
-from minipref.kernels.ddim_step_logprob import ddim_step_logprob_reference
+from minipref.kernels.ddim_step_logprob import ddim_step_logprob_reference, step_gaussian
 from minipref.kernels.geglu import geglu_reference
 from minipref.kernels.group_norm_act import group_norm_act_reference
 from minipref.kernels.preference_loss import preference_loss_reference
@@ -50,23 +52,46 @@ def test_the_specifications_are_pytorchs_own_operations_in_float64():
     assert torch.allclose(q_sample_reference(x0, noise, abar.sqrt(), (1 - abar).sqrt()), expected, atol=1e-12)
 
 
-def test_the_step_and_the_loss_specified_here_are_those_of_the_papers_files():
-    from minipref.diffusion import Schedule, ScheduleConfig, ddim_step
-    from minipref.losses import denoising_loss, preference_loss, preference_margin
+def test_the_step_specified_here_is_that_of_the_papers_file():
+    assert diffusion.gaussian_log_prob is sys.modules["minipref.kernels.ddim_step_logprob"].gaussian_log_prob
+    s, t, t_prev = Schedule(ScheduleConfig()), torch.tensor([700, 320]), torch.tensor([400, 120])
+    output, x, noise = (randn(2, 3, 4, 4) for _ in range(3))
+    coefficients = [v.to(DEVICE) for v in s.coefficients(t, t_prev, 0.7)]
+    x_prev, log_p = diffusion.ddim_step(s, output, x, t, t_prev, eta=0.7, noise=noise)
+    drawn, drawn_log_p = ddim_step_logprob_reference(output, x, *coefficients, noise)
+    assert torch.equal(drawn, x_prev) and torch.equal(drawn_log_p, log_p)
 
-    schedule, t, t_prev = Schedule(ScheduleConfig()), torch.tensor([700, 320]), torch.tensor([400, 120])
-    u, e, x, noise = (randn(2, 3, 4, 4) for _ in range(4))
-    k_x, k_eps, sigma = (v.to(DEVICE) for v in schedule.coefficients(t, t_prev, 0.7))
-    x_prev, log_p = ddim_step(schedule, u + 2.5 * (e - u), x, t, t_prev, eta=0.7, noise=noise)
-    found, found_log_p = ddim_step_logprob_reference(u, e, x, k_x, k_eps, sigma, 2.5, noise)
-    assert torch.allclose(found, x_prev, atol=1e-12) and torch.allclose(found_log_p, log_p, atol=1e-12)
-    six = [randn(4, 3, 2, 2) for _ in range(6)]
-    label = torch.rand(4, dtype=DOUBLE, device=DEVICE)
-    errors = [denoising_loss(p, g) for p, g in ((0, 4), (2, 4), (1, 5), (3, 5)) for p, g in [(six[p], six[g])]]
-    margin = preference_margin(*errors)
-    loss, found_margin = preference_loss_reference(*six, label, 1.7)
-    assert torch.allclose(found_margin, margin, atol=1e-12)
-    assert torch.allclose(loss, preference_loss(margin, label, 1.7), atol=1e-12)
+
+def test_the_step_and_its_probability_are_those_of_a_normal_distribution():
+    """mean = k_x·x_t + k_out·model_output, x_prev = mean + sigma·noise; log p per dimension, by torch's own Normal."""
+    output, x, noise, x_prev, k_x, k_out, sigma = step_inputs((2, 3, 4, 4), DOUBLE)
+    mean = torch.stack([k_x[b] * x[b] + k_out[b] * output[b] for b in range(2)])
+    for given in ({"noise": noise}, {"x_prev": x_prev}):
+        point, log_p = ddim_step_logprob_reference(output, x, k_x, k_out, sigma, **given)
+        expected = torch.stack([mean[b] + sigma[b] * noise[b] for b in range(2)]) if "noise" in given else x_prev
+        density = [torch.distributions.Normal(mean[b], sigma[b]).log_prob(expected[b]).mean() for b in range(2)]
+        assert torch.allclose(point, expected, atol=1e-12) and torch.allclose(log_p, torch.stack(density), atol=1e-12)
+    found_mean, found_sigma = step_gaussian(output, x, k_x, k_out, sigma)
+    assert torch.allclose(found_mean, mean, atol=1e-12) and torch.equal(found_sigma, sigma[:, None, None, None])
+    # A Gaussian that is at hand is taken as it is.
+    at_hand = K.ddim_step_logprob(output, x, k_x, k_out, sigma, x_prev=x_prev, gaussian=(mean + 1, found_sigma))[1]
+    moved = ddim_step_logprob_reference(output, x, k_x, k_out, sigma, x_prev=x_prev - 1)[1]
+    assert torch.allclose(at_hand, moved, atol=1e-12)
+
+
+def test_the_loss_of_pairs_is_equation_seven():
+    """Errors, margin and Bradley–Terry terms written out in float64, pair by pair (RPO Eq. 7)."""
+    six, y, beta = [randn(4, 3, 2, 2) for _ in range(6)], torch.rand(4, dtype=DOUBLE, device=DEVICE), 1.7
+    loss, margin = preference_loss_reference(*six, y, beta)
+    pred_ref, pred_gen, base_ref, base_gen, target_ref, target_gen = six
+    terms = []
+    for b in range(4):
+        ref = ((base_ref[b] - target_ref[b]) ** 2).mean() - ((pred_ref[b] - target_ref[b]) ** 2).mean()
+        gen = ((base_gen[b] - target_gen[b]) ** 2).mean() - ((pred_gen[b] - target_gen[b]) ** 2).mean()
+        assert margin[b].item() == pytest.approx((ref - gen).item(), abs=1e-12)
+        p = 1 / (1 + math.exp(-beta * (ref - gen).item()))
+        terms.append(-(y[b].item() * math.log(p) + (1 - y[b].item()) * math.log(1 - p)))
+    assert loss.item() == pytest.approx(sum(terms) / 4, abs=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ kernels, float64
@@ -97,18 +122,18 @@ GROUPS = [  # shape, groups
     ((1, 20, 5, 7), 2),  # ten channels a group: not a power of two; 35 pixels
     ((2, 3, 6, 6), 1),  # one group
     ((2, 6, 1, 1), 3),  # one pixel
-    ((1, 4, 33, 31), 2),  # 1023 pixels: several tiles, the last one not full
+    ((1, 4, 13, 11), 2),  # 143 pixels: several tiles, the last one not full
 ]
 
 
 @needs_triton
 @parametrize("dtype", DTYPES, ids=str)
 @parametrize("act", ["silu", "identity"])
-@parametrize("held", [{}, {"HELD": 0, "TILE_C": 4, "TILE_P": 16}], ids=["held", "split"])
+@parametrize("tile", [None, (4, 16)], ids=["its own tiles", "small tiles"])
 @parametrize("shape,groups", GROUPS)
-def test_group_norm_act(shape, groups, act, held, dtype, monkeypatch):
+def test_group_norm_act(shape, groups, act, tile, dtype, monkeypatch):
     module = sys.modules["minipref.kernels.group_norm_act"]
-    for name, value in held.items():
+    for name, value in zip(("TILE_C", "TILE_P"), tile or ()):
         monkeypatch.setattr(module, name, value)
     x = randn(*shape, dtype=dtype).requires_grad_()
     a, b = (randn(*shape[:2], dtype=dtype).requires_grad_() for _ in range(2))
@@ -139,7 +164,7 @@ def test_group_norm_act_of_pictures_far_from_zero(offset, dtype):
 @needs_triton
 @parametrize("shape,groups", [((3, 70, 9, 9), 7), ((1, 6, 20, 20), 3)])
 def test_group_norm_act_in_its_own_tiles(shape, groups):
-    """More channels than a tile has, and more pixels; channels_last is always split, NCHW held."""
+    """More channels than a tile has, and more pixels."""
     for how in ("channels_last", "dense"):
         x = strided(randn(*shape, dtype=SINGLE), how).requires_grad_()
         a, b = (randn(*shape[:2], dtype=SINGLE).requires_grad_() for _ in range(2))
@@ -172,44 +197,39 @@ def test_geglu(shape, how, dtype):
 
 @needs_triton
 @parametrize("dtype", DTYPES, ids=str)
-@parametrize("guided", [True, False])
 @parametrize("draw", [True, False])
-@parametrize("shape,how", [((2, 4, 4, 4), "dense"), ((3, 3, 5, 7), "sliced"), ((1, 4, 33, 32), "dense")])
-def test_ddim_step_logprob(shape, how, draw, guided, dtype):
+@parametrize(
+    "shape,how",
+    [((2, 4, 4, 4), "dense"), ((3, 3, 5, 7), "sliced"), ((1, 4, 33, 32), "dense"), ((2, 4, 3, 5), "channels_last")],
+)
+def test_ddim_step_logprob(shape, how, draw, dtype):
     """x_prev like the other kernels; log p to 1e-6 absolute, its gradient to 1e-4."""
-    u, e, x, noise, x_prev, k_x, k_eps, sigma = step_inputs(shape, dtype, how)
-    w = 2.5 if guided else 1.0
+    output, x, noise, x_prev, k_x, k_out, sigma = step_inputs(shape, dtype, how)
     # What is scored lies where a policy a little off would have drawn it.
-    x_prev = ddim_step_logprob_reference(u, e if guided else None, 1.01 * x, k_x, k_eps, sigma, w, x_prev)[0]
-    u, e = u.requires_grad_(), e.requires_grad_()
+    x_prev = ddim_step_logprob_reference(output, 1.01 * x, k_x, k_out, sigma, x_prev)[0]
 
-    def step(function, u, e, **how):
-        coefficients = [v.double() if u.dtype == DOUBLE else v for v in (k_x, k_eps, sigma)]
-        given = {"noise" if draw else "x_prev": (noise if draw else x_prev).to(u.dtype)}
-        return function(u, e if guided else None, x.to(u.dtype), *coefficients, w, **given, **how)
+    def step(function, output, **how):
+        coefficients = [v.double() if output.dtype == DOUBLE else v for v in (k_x, k_out, sigma)]
+        given = {"noise" if draw else "x_prev": (noise if draw else x_prev).to(output.dtype)}
+        return function(output, x.to(output.dtype), *coefficients, **given, **how)
 
-    inputs = [u, e] if guided else [u]
-
-    def of(function, **more):
-        return lambda *v: step(function, v[0], v[-1], **more)
-
-    results = of(K.ddim_step_logprob, impl="triton")(*inputs)
-    exact = of(ddim_step_logprob_reference)(*[v.detach().double() for v in inputs])
-    assert results[0].dtype == dtype and results[1].dtype == common.full_dtype(x) and not results[0].requires_grad
-    assert ((results[0].double() - exact[0]).abs().max() / exact[0].abs().max()).item() <= TOLERANCE[dtype]
+    output.requires_grad_(not draw)  # what is drawn carries none in the fused form
+    found = step(K.ddim_step_logprob, output, impl="triton")
+    exact = step(ddim_step_logprob_reference, output.detach().double())
+    assert found[0].dtype == dtype and found[1].dtype == common.full_dtype(x) and not found[0].requires_grad
+    assert ((found[0].double() - exact[0]).abs().max() / exact[0].abs().max()).item() <= TOLERANCE[dtype]
     if draw and dtype in (HALF, torch.bfloat16):  # drawn, rounded, then scored: a replay of what was kept agrees
-        rest = u, e if guided else None, x, k_x, k_eps, sigma, w
-        replayed = K.ddim_step_logprob(*rest, x_prev=results[0], impl="triton")[1]
-        assert torch.equal(replayed, results[1])
+        replayed = K.ddim_step_logprob(output, x, k_x, k_out, sigma, x_prev=found[0], impl="triton")[1]
+        assert torch.equal(replayed, found[1])
         return
-    assert (results[1].double() - exact[1]).abs().max().item() <= (1e-12 if dtype == DOUBLE else 1e-6)
+    assert (found[1].double() - exact[1]).abs().max().item() <= (1e-12 if dtype == DOUBLE else 1e-6)
     if not draw:
-        slopes = torch.autograd.grad(results[1].sum(), inputs)
-        doubles = [v.detach().double().requires_grad_() for v in inputs]
-        expected = torch.autograd.grad(of(ddim_step_logprob_reference)(*doubles)[1].sum(), doubles)
+        (slope,) = torch.autograd.grad(found[1].sum(), output)
+        double = output.detach().double().requires_grad_()
+        (expected,) = torch.autograd.grad(step(ddim_step_logprob_reference, double)[1].sum(), double)
         limit = {DOUBLE: 1e-11, SINGLE: 1e-4}.get(dtype, TOLERANCE[dtype])
-        for s, x_ in zip(slopes, expected):
-            assert ((s.double() - x_).abs().max() / x_.abs().max()).item() <= limit
+        assert slope.dtype == dtype
+        assert ((slope.double() - expected).abs().max() / expected.abs().max()).item() <= limit
 
 
 @needs_triton

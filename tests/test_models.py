@@ -1,17 +1,20 @@
 """UNet, CLIP, tokenizer and codec by themselves; their equality with other libraries is in test_parity.py."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from minipref.models.autoencoder import SpaceToDepth
 from minipref.models.clip import CLIP, CLIPConfig, clip_loss
-from minipref.models.codec import SpaceToDepth
-from minipref.models.layers import GEGLU, Attention, timestep_embedding
 from minipref.models.tokenizer import BOS, EOS, PAD, UNK, WordTokenizer
-from minipref.models.unet import UNet, UNetConfig
-from minipref.presets import SMALL_CODEC, SMALL_UNET, small_clip, small_tokenizer
+from minipref.models.unet import GEGLU, Attention, UNet, UNetConfig, timestep_embedding
+from minipref.presets import SMALL_CODEC, SMALL_SIZE, SMALL_UNET, small_clip
+
+TOKENIZER = WordTokenizer("a red small blue white star circle on background".split())
 
 TINY = {
     "in_channels": 4,
@@ -41,6 +44,51 @@ def test_every_parameter_of_the_unet_gets_a_gradient():
     unet = UNet(UNetConfig(**TINY))
     unet(torch.randn(2, 4, 8, 8), torch.tensor([3, 800]), torch.randn(2, 5, 6)).square().sum().backward()
     assert not [n for n, p in unet.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (10, 6), (9, 7)], ids=str)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_checkpointing_a_block_changes_no_gradient(size, layers, monkeypatch):
+    """Recomputed in the backward pass, each block reads the same skips again: equal bit for bit, at odd sizes too."""
+    unet = UNet(UNetConfig(**TINY | {"layers_per_block": layers}))
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    calls, x, t, text = [], torch.randn(2, 4, *size), torch.tensor([3, 800]), torch.randn(2, 5, 6)
+
+    def gradients():
+        leaf = x.clone().requires_grad_()
+        y = unet(leaf, t, text)
+        return [y, *torch.autograd.grad(y.square().sum(), [leaf, *unet.parameters()])]
+
+    for block in blocks:
+        monkeypatch.setattr(block, "forward", counted(block.forward, calls))
+    plain, once = gradients(), len(calls)
+    for block in blocks:
+        monkeypatch.setattr(block, "forward", partial(checkpoint, block.forward, use_reentrant=False))
+    recomputed = gradients()
+    assert once == len(blocks) and len(calls) == once + 2 * once  # forward, and once more on the way back
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+def counted(function, calls):
+    def call(*args):
+        calls.append(1)
+        return function(*args)
+
+    return call
+
+
+def test_no_block_takes_anything_off_its_callers_list():
+    unet, given = UNet(UNetConfig(**TINY)), []
+
+    def hand_a_list(block, args):
+        given.append((list(args[1]), list(args[1])))
+        return args[0], given[-1][0], *args[2:]
+
+    for block in unet.up_blocks:
+        block.register_forward_pre_hook(hand_a_list)
+    unet(torch.randn(1, 4, 10, 6), torch.tensor([3]), torch.randn(1, 5, 6))
+    assert [len(skips) for skips, _ in given] == [2, 2]
+    assert all(a is b for skips, before in given for a, b in zip(skips, before, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +159,7 @@ def test_time_is_embedded_by_cosines_then_sines_of_falling_frequencies():
 
 
 def test_pictures_and_captions_become_unit_vectors_of_one_space():
-    clip, tokenizer = CLIP(small_clip()).eval(), small_tokenizer()
+    clip, tokenizer = CLIP(small_clip(TOKENIZER)).eval(), TOKENIZER
     image = clip.encode_image(torch.rand(2, 3, 48, 40))  # any size
     text = clip.encode_text(tokenizer(["a red circle", "a blue star on a white background"]))
     assert image.shape == text.shape == (2, 64)
@@ -123,14 +171,14 @@ def test_pictures_and_captions_become_unit_vectors_of_one_space():
 
 def test_the_text_tower_looks_back_only():
     """A later word cannot change the state of an earlier one."""
-    clip, tokenizer = CLIP(small_clip()).eval(), small_tokenizer()
+    clip, tokenizer = CLIP(small_clip(TOKENIZER)).eval(), TOKENIZER
     a, b = clip.context(tokenizer(["a red circle", "a red star"]))
     assert torch.allclose(a[:3], b[:3], atol=1e-6) and not torch.allclose(a[3], b[3], atol=1e-3)
 
 
 def test_the_condition_may_leave_out_the_last_layers():
-    config = small_clip()
-    clip, ids = CLIP(config).eval(), small_tokenizer()(["a small blue star"])
+    config = small_clip(TOKENIZER)
+    clip, ids = CLIP(config).eval(), TOKENIZER(["a small blue star"])
     tower = clip.text_model
     x = tower.encoder.layers[0](tower.embeddings(ids), True)
     assert config.context_skip == 1 and config.text_layers == 2
@@ -157,7 +205,7 @@ def test_an_unknown_activation_is_named():
 
 
 def test_old_files_with_position_ids_load():
-    clip = CLIP(small_clip())
+    clip = CLIP(small_clip(TOKENIZER))
     state = clip.state_dict() | {"text_model.embeddings.position_ids": torch.arange(24)[None]}
     clip.load_state_dict(state)
 
@@ -191,7 +239,19 @@ def test_space_to_depth_is_lossless_and_keeps_neighbours_together():
         codec.encode(torch.rand(1, 3, 7, 6))
 
 
+def test_a_codec_is_known_by_the_channels_of_its_latents():
+    for factor in (1, 2, 3, 4):
+        codec = SpaceToDepth.with_channels(3 * factor**2)
+        assert codec.factor == factor and codec.encode(torch.rand(1, 3, 12, 12)).shape[1] == 3 * factor**2
+    for channels in (-12, 0, 1, 4, 13, 24):
+        with pytest.raises(ValueError, match=f"latents of {channels} channels"):
+            SpaceToDepth.with_channels(channels)
+
+
 def test_the_small_preset_fits_together():
-    assert SMALL_UNET.in_channels == 2 * SMALL_CODEC.channels + SMALL_CODEC.mask_channels
-    assert SMALL_UNET.cross_attention_dim == small_clip().text_hidden_size
-    assert small_clip().vocab_size == len(small_tokenizer())
+    codec, clip = SMALL_CODEC, small_clip(TOKENIZER)
+    assert SMALL_UNET.in_channels == 2 * codec.channels + codec.mask_channels and SMALL_UNET.out_channels == 12
+    assert SMALL_UNET.sample_size * codec.factor == SMALL_SIZE == clip.image_size == 32
+    assert SMALL_UNET.cross_attention_dim == clip.text_hidden_size
+    assert clip.vocab_size == len(TOKENIZER) and clip.max_position_embeddings == TOKENIZER.max_length
+    assert clip.eos_token_id == EOS

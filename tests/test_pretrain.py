@@ -1,15 +1,21 @@
-"""What the shipped weights are made from: training pairs of mixed quality, rated completions, splits by prompt."""
+"""What the shipped weights are made from: training pairs of mixed quality; and the way from there to a reward model."""
 
 import json
+import re
+import shlex
+import sys
 
 import numpy as np
 import pytest
 import torch
+from helpers import TINY, stops_with, train_tiny
 
-from minipref import pretrain
-from minipref.data import scenes as S
-from minipref.data.prompts import scene_prompts
-from minipref.pipeline import SHIPPED, Pipeline, Sampling, learned_reward
+import train_reward
+import train_rl
+from minipref.commands import pretrain
+from minipref.pipeline import SHIPPED, Pipeline, Sampling
+from minipref.toy import world
+from minipref.toy.world import scene_prompts
 
 
 def config(**changes):
@@ -19,8 +25,8 @@ def config(**changes):
 @pytest.fixture
 def drawn(monkeypatch):
     """The scenes of every call of `draw`, in order."""
-    seen, draw = [], S.draw
-    monkeypatch.setattr(S, "draw", lambda batch: seen.append(batch) or draw(batch))
+    seen, draw = [], world.draw
+    monkeypatch.setattr(world, "draw", lambda batch: seen.append(batch) or draw(batch))
     return seen
 
 
@@ -28,7 +34,7 @@ def test_training_pairs_are_clean_outside_the_hole_and_sloppy_inside_about_half_
     """1,500 pictures; six standard errors of a share of one half: ±0.078, false alarm 2e-9."""
     cfg, sloppy, partial = config(unet_batch=1500), 0, 0
     images, masks, texts = pretrain.unet_batch(np.random.default_rng(0), cfg)
-    true = S.draw(drawn[0])
+    true = world.draw(drawn[0])
     known = (masks < 0.5).expand_as(images)
     assert torch.equal(images[known], true[known])
     for x, t, m in zip(images, true, masks):
@@ -61,7 +67,7 @@ def test_captions_of_the_encoders_name_the_quality_half_of_the_time_and_truly():
     images, texts, _ = pretrain.clip_batch(np.random.default_rng(0), 1000, hard_share=0.0)
     twin = np.random.default_rng(0)
     twin.random()  # whether the batch is a hard one
-    true = S.draw([S.random_scene(twin, S.COLOURS, 0.35, 0.2) for _ in range(1000)])
+    true = world.draw([world.random_scene(twin, world.COLOURS, 0.35, 0.2) for _ in range(1000)])
     said = 0
     for x, t, text in zip(images, true, texts):
         quality = "clean" if torch.equal(x, t) else "sloppy"
@@ -92,9 +98,9 @@ def test_a_twin_shows_the_first_thing_elsewhere_and_as_well_done(drawn):
         assert (a.shape, a.colour, a.pattern, a.second) == (b.shape, b.colour, b.pattern, b.second)
         assert t.background not in (b.colour, b.second)
         moved += (a.x, a.y, a.size) != (b.x, b.y, b.size)
-        careless = [not torch.equal(p, S.draw([q])[0]) for p, q in ((x, s), (y, t))]
+        careless = [not torch.equal(p, world.draw([q])[0]) for p, q in ((x, s), (y, t))]
         assert careless[0] == careless[1]
-    assert moved > 100 and len({t.background for t in drawn[1]}) == len(S.COLOURS)
+    assert moved > 100 and len({t.background for t in drawn[1]}) == len(world.COLOURS)
 
 
 def test_learning_rate_warms_up_and_ends_at_nothing():
@@ -117,15 +123,12 @@ def test_most_training_times_are_noisy_ones_and_all_occur():
 
 def test_pretraining_runs_from_nothing_to_a_model_that_samples(tmp_path, monkeypatch):
     """A few updates of each part; the files that it leaves are those that the main job loads."""
-    small = "--clip-steps 3 --clip-batch 8 --unet-steps 3 --unet-batch 4 --reward-prompts 20 --reward-dim 4 --out"
+    small = "--clip-steps 3 --clip-batch 8 --unet-steps 3 --unet-batch 4 --out"
     pretrain.main(["--small", *small.split(), str(tmp_path)])
     figures = json.loads((tmp_path / "pretrain.json").read_text())
-    assert list(figures) == ["clip", "unet", "reward"] and {"clip.pt", "unet.pt", "reward.pt"} <= {
-        p.name for p in tmp_path.iterdir()
-    }
+    assert list(figures) == ["clip", "unet"] and {p.name for p in tmp_path.glob("*.pt")} == {"clip.pt", "unet.pt"}
     pipe, prompts = Pipeline.load(tmp_path), scene_prompts(0, 0, 2)
-    images = pipe.complete(pipe.unet, prompts, Sampling(2), seed=0, epoch=0)
-    assert torch.isfinite(learned_reward(tmp_path)(images, prompts).value).all()
+    assert torch.isfinite(pipe.complete(pipe.unet, prompts, Sampling(2), seed=0, stream=0)).all()
     more = tmp_path / "more"  # trained on: from those weights, with other scenes and noise
     (more).mkdir()
     (more / "clip.pt").write_bytes((tmp_path / "clip.pt").read_bytes())
@@ -148,7 +151,7 @@ def test_pretraining_runs_from_nothing_to_a_model_that_samples(tmp_path, monkeyp
     assert second["meta"]["stages"][1]["unet_lr"] == 0 and second["meta"]["clip"] == first["meta"]["clip"]
     assert not list(tmp_path.rglob("*unfinished*"))
     before = {p: p.read_bytes() for p in tmp_path.glob("*.pt")}
-    for only in ("all", "clip", "unet", "reward"):  # earlier weights are never overwritten
+    for only in ("all", "clip", "unet"):  # earlier weights are never overwritten
         with pytest.raises(ValueError, match="holds a .*.pt already; name another folder"):
             pretrain.main(["--small", *small.split(), str(tmp_path), "--only", only])
     assert before == {p: p.read_bytes() for p in tmp_path.glob("*.pt")}
@@ -161,9 +164,42 @@ def test_pretraining_runs_from_nothing_to_a_model_that_samples(tmp_path, monkeyp
     assert len(torch.load(tmp_path / "on" / "unet.pt", weights_only=True)["meta"]["stages"]) == 2
     again = tmp_path / "again"
     pretrain.main(["--small", *small.split(), str(again)])
-    for name in ("clip.pt", "unet.pt", "reward.pt"):  # the same seed gives the same weights
+    for name in ("clip.pt", "unet.pt"):  # the same seed gives the same weights
         a, b = (torch.load(p / name, weights_only=True)["state"] for p in (tmp_path, again))
         assert all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def test_pretraining_makes_no_reward_model_and_prints_the_two_commands_that_use_one(tmp_path, monkeypatch, capsys):
+    """Both are run as printed, each with flags that make it small."""
+    out = tmp_path / "base"
+    small = "--clip-steps 1 --clip-batch 4 --unet-steps 1 --unet-batch 4 --threads 1"
+    pretrain.main(["--small", *small.split(), "--out", str(out)])
+    assert {p.name for p in out.iterdir()} == {"clip.pt", "unet.pt", "pretrain.json"}
+    printed = capsys.readouterr().out.splitlines()[-1]
+    (to_rate, rate), (to_align, align) = re.findall(r"python (train_\w+\.py) ([^;]*)", printed)
+    assert (to_rate, to_align) == ("train_reward.py", "train_rl.py")
+    rate, align = shlex.split(rate), shlex.split(align)
+    assert rate[:4] == align[:3] + rate[3:4] == ["--small", "--weights", str(out), "--out"]
+    assert align[3:] == ["--reward", f"model:{rate[4]}"]
+    tiny = "--prompts 24 --samples 2 --sampling-steps 2 --epochs 1 --dim 8 --threads 1"
+    monkeypatch.setattr(sys, "argv", [to_rate, *rate, *tiny.split()])
+    train_reward.main()
+    few = [str(x) for pair in TINY.items() for x in pair]
+    monkeypatch.setattr(sys, "argv", [to_align, *align, *few, "--out", str(tmp_path / "rl")])
+    train_rl.main()
+    assert (tmp_path / "rl" / "last.pt").exists()
+    stops_with(lambda: pretrain.main(["--small", "--only", "reward"]), "choose from all, clip, unet", capsys)
+
+
+def test_weights_without_a_reward_model_are_told_the_command_that_makes_one(tmp_path, monkeypatch, capsys):
+    folder, out = tmp_path / "base", tmp_path / "rl"
+    folder.mkdir()
+    for name in ("clip.pt", "unet.pt"):
+        (folder / name).symlink_to(SHIPPED / name)
+    stops_with(
+        lambda: train_tiny(out, monkeypatch, weights=folder), f"train_reward.py --small --weights {folder}", capsys
+    )
+    assert not out.exists()
 
 
 def test_encoders_are_trained_on_without_changing_what_the_unet_reads(tmp_path):

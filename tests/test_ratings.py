@@ -11,8 +11,8 @@ from PIL import Image
 
 from minipref.data import rating_files
 from minipref.data import ratings as R
-from minipref.data.annotator import Rating
-from minipref.data.prompts import Prompts, scene_prompts
+from minipref.data.prompts import Prompts
+from minipref.toy.world import scene_prompts, shown_scene
 
 T = torch.tensor
 GREY = (128, 128, 128)
@@ -40,10 +40,6 @@ def row(folder, name="7", k=0, scores=None, **more):
     said = scores or {"structure": 2, "texture": 4, "overall": 6}
     plain = {"image": f"{name}_{k}.png", "masked": f"{name}_m.png", "mask": f"{name}_h.png", "prompt_id": name}
     return plain | {"scores": said} | more
-
-
-def rating(value, n):
-    return Rating(*(torch.full((n,), float(v)) for v in (value, value, value)))
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -93,7 +89,7 @@ def test_a_hole_may_be_told_by_the_difference_of_the_two_pictures(tmp_path):
         ({"image": "nowhere.png"}, "nowhere.png is missing"),
         ({"scene": [1]}, "expected [seed, number]"),
         ({"scene": [-1, 2]}, "expected [seed, number]"),
-        ({"scene": [3, 4]}, "is not what b_m.png shows: rated in another toy world"),
+        ({"scene": [3, 4]}, "scene [3, 4] is not what its masked picture shows: rated in another toy world"),
         ({"scores": {"structure": 10**400, "texture": 4, "overall": 6}}, "outside 1 to 7"),
         ({"origin": "Widened"}, "expected completion or widened"),
         ({"prompt_id": None}, "lacks prompt_id"),
@@ -101,8 +97,8 @@ def test_a_hole_may_be_told_by_the_difference_of_the_two_pictures(tmp_path):
 )
 def test_a_bad_row_is_named_with_file_line_and_reason_and_left_out(tmp_path, change, message):
     good, bad = row(tmp_path, "a"), row(tmp_path, "b") | change
-    r, problems = rating_files.load(rows(tmp_path, [good, bad]), 32)
-    assert len(r) == 1 and len(problems) == 1
+    r, problems = rating_files.load(rows(tmp_path, [good, bad]), 32, truth=shown_scene)
+    assert len(r) == 1 and len(problems) == 1 and r.prompts.truth is None
     assert problems[0].startswith(f"{tmp_path / 'ratings.jsonl'}:2: ") and message in problems[0]
     assert "\n" not in problems[0]
 
@@ -215,10 +211,10 @@ GROUPED = {"ade_01": {"ade_01_0": [3.5, 1], "ade_01_2": [2, 3]}, "n02": {"n02_1"
 
 @pytest.mark.parametrize("content", [FLAT, GROUPED], ids=["flat", "grouped"])
 def test_prefpaints_layout_is_read(tmp_path, content):
-    r, problems = rating_files.load(prefpaint(tmp_path, content), 32)
+    r, problems = rating_files.load(prefpaint(tmp_path, content), 32, truth=shown_scene)
     assert not problems and r.labels.tolist() == [3.5, 2, 6] and r.groups.tolist() == [0, 0, 1]
     assert r.prompts.masks.all() and r.strata == ["ade/full", "ade/full", "n/full"]
-    assert math.isnan(r.noise_scale()) and r.truth is None
+    assert math.isnan(r.noise_scale()) and r.prompts.truth is None
 
 
 @pytest.mark.parametrize(
@@ -271,23 +267,25 @@ def test_the_kind_of_a_mask_is_told_by_its_outline(hole, kind):
 def test_what_is_written_is_read_back(tmp_path):
     prompts = scene_prompts(9, 0, 3).repeat_each(2)
     images = prompts.paste_known(torch.rand(6, 3, 32, 32))
-    said = [Rating(*(torch.randint(1, 8, (6,)).float() for _ in range(3))) for _ in range(2)]
+    scores = [{k: torch.randint(1, 8, (6,)).float() for k in R.WEIGHTS} for _ in range(2)]
     names = [f"p{i // 2}" for i in range(6)]
     widened = T([False, True] * 3)
-    places = [(9, i // 2) for i in range(6)]
-    rating_files.write(tmp_path, prompts, images, said, names, widened=widened, source="toy", places=places)
-    r, problems = rating_files.load(tmp_path, 32)
+    scenes = [(9, i // 2) for i in range(6)]
+    rating_files.write(tmp_path, prompts, images, scores, names, widened=widened, source="toy", scenes=scenes)
+    r, problems = rating_files.load(tmp_path, 32, truth=shown_scene)
     assert not problems and (r.images - images).abs().max() < 0.5 / 255 + 1e-6
     assert torch.equal(r.prompts.masks, prompts.masks) and r.prompts.kinds == prompts.kinds
     assert (r.prompts.masked - prompts.masked).abs().max() < 0.5 / 255 + 1e-6
-    assert r.prompts.scenes == prompts.scenes and torch.equal(r.widened, widened)
+    assert r.prompts.truth == prompts.truth and torch.equal(r.widened, widened)
     assert r.groups.tolist() == [0, 0, 1, 1, 2, 2] and r.strata == [f"toy/{k}" for k in prompts.kinds]
-    assert torch.allclose(r.raters, torch.stack([s.label for s in said], 1).double())
+    said = torch.stack([0.15 * x["structure"] + 0.15 * x["texture"] + 0.7 * x["overall"] for x in scores], 1)
+    assert torch.allclose(r.raters, said.double()) and torch.allclose(r.labels, (said[:, 0] + said[:, 1]) / 2)
     with pytest.raises(ValueError, match="prompt p0 was rated before"):  # nothing that was saved is overwritten
-        rating_files.write(tmp_path, prompts, images, said, names, widened=widened, source="toy")
+        rating_files.write(tmp_path, prompts, images, scores, names, widened=widened, source="toy")
     more = [f"q{i}" for i in range(6)]
-    rating_files.write(tmp_path, prompts, images, said, more, widened=widened, source="toy", places=places)
-    assert len(rating_files.load(tmp_path, 32)[0]) == 12
+    rating_files.write(tmp_path, prompts, images, scores, more, widened=widened, source="toy")
+    r, _ = rating_files.load(tmp_path, 32, truth=shown_scene)
+    assert len(r) == 12 and r.prompts.truth is None  # half of them name no scene: nothing is judged by a part
 
 
 # ------------------------------------------------------------------------------------------------ in memory
@@ -304,11 +302,11 @@ def ratings(labels, groups=None, sources=None, kinds=None):
 def test_splits_are_by_prompt_and_leak_nothing():
     groups = torch.cat([torch.arange(50).repeat_interleave(3), torch.arange(50)])
     split = R.split_by_prompt(groups, 0)
-    assert list(split) == ["features", "ridge", "calibration"]
+    assert list(split) == ["features", "ridge", "judge"]
     assert torch.equal(sum(v.int() for v in split.values()), torch.ones(200, dtype=torch.int32))
     prompts = {k: set(groups[v].tolist()) for k, v in split.items()}
-    assert not prompts["features"] & prompts["ridge"] and not prompts["ridge"] & prompts["calibration"]
-    assert not prompts["features"] & prompts["calibration"]
+    assert not prompts["features"] & prompts["ridge"] and not prompts["ridge"] & prompts["judge"]
+    assert not prompts["features"] & prompts["judge"]
     assert [len(v) for v in prompts.values()] == [30, 12, 8]
     assert not torch.equal(split["ridge"], R.split_by_prompt(groups, 1)["ridge"])
 

@@ -1,13 +1,17 @@
 """The reward model: features, inner product, scores that depend on the picture alone (PrefPaint Sections 3 and 4)."""
 
+import math
+
 import pytest
 import torch
 from helpers import gaussian, learned
 
-from minipref import rewards as R
-from minipref.data.prompts import Prompts, scene_prompts
+from minipref import reward_model as R
+from minipref.data.prompts import Prompts
+from minipref.data.ratings import Ratings
 from minipref.models.clip import CLIP, CLIPConfig
-from minipref.models.reward_features import ClipFeatures
+from minipref.models.reward_features import ClipFeatures, FeatureConfig, RewardFeatures
+from minipref.toy.world import scene_prompts
 
 T = torch.tensor
 DOUBLE = torch.float64
@@ -18,23 +22,23 @@ DOUBLE = torch.float64
 
 def test_scores_do_not_depend_on_mode_batch_or_order():
     """PrefPaint's released reward keeps its dropout on while scoring; this one cannot."""
-    model, batch = learned().train(), scene_prompts(5, 0, 6)
-    images = batch.images.flip(0)
-    whole = model(images, batch)
+    model, prompts = learned().train(), scene_prompts(5, 0, 6)
+    images = prompts.images.flip(0)
+    whole = model(images, prompts)
     assert not model.training and not any(m.training for m in model.modules())
     assert not any(p.requires_grad for p in model.features.parameters())
-    halves = [model(images[i : i + 3], batch.select(slice(i, i + 3))) for i in (0, 3)]
+    halves = [model(images[i : i + 3], prompts.select(slice(i, i + 3))) for i in (0, 3)]
     for name in ("value", "trust"):
         joined = torch.cat([getattr(h, name) for h in halves])
         assert torch.allclose(getattr(whole, name), joined, atol=1e-6)
     order = [3, 1, 5, 0, 2, 4]
-    assert torch.allclose(model(images[order], batch.select(order)).value, whole.value[order], atol=1e-6)
+    assert torch.allclose(model(images[order], prompts.select(order)).value, whole.value[order], atol=1e-6)
 
 
 def test_the_learned_reward_is_the_inner_product_of_features_and_psi():
-    model, batch = learned(), scene_prompts(5, 0, 4)
-    z = model.features(batch.images, batch.masked, batch.masks).double()
-    scores = model(batch.images, batch)
+    model, prompts = learned(), scene_prompts(5, 0, 4)
+    z = model.features(prompts.images, prompts.masked, prompts.masks).double()
+    scores = model(prompts.images, prompts)
     norm = model.ridge.norm(z)
     assert torch.allclose(scores.value.double(), z @ model.ridge.psi, atol=1e-6)
     assert torch.allclose(scores.parts["norm"].double(), norm, atol=1e-6)
@@ -43,28 +47,28 @@ def test_the_learned_reward_is_the_inner_product_of_features_and_psi():
 
 
 def test_features_look_at_completion_masked_picture_and_mask():
-    model, batch = learned(), scene_prompts(5, 0, 2)
-    z = model.z(batch.images, batch)
+    model, prompts = learned(), scene_prompts(5, 0, 2)
+    z = model.z(prompts.images, prompts)
     assert z.shape == (2, 5)
-    assert not torch.allclose(z, model.z(batch.images.roll(1, 0), batch))
-    other = Prompts(batch.images, batch.masks.flip(-1), batch.texts, batch.kinds, batch.scenes)
-    assert not torch.allclose(z, model.z(batch.images, other))
-    swapped = model.features(batch.masked, batch.images, batch.masks)
+    assert not torch.allclose(z, model.z(prompts.images.roll(1, 0), prompts))
+    other = Prompts(prompts.images, prompts.masks.flip(-1), prompts.texts, prompts.kinds, prompts.truth)
+    assert not torch.allclose(z, model.z(prompts.images, other))
+    swapped = model.features(prompts.masked, prompts.images, prompts.masks)
     assert not torch.allclose(z, swapped)
 
 
 def test_a_completion_at_the_limit_itself_is_trusted():
-    model, batch = learned(), scene_prompts(5, 0, 3)
-    norms = model.ridge.norm(model.z(batch.images, batch)).sort()
+    model, prompts = learned(), scene_prompts(5, 0, 3)
+    norms = model.ridge.norm(model.z(prompts.images, prompts)).sort()
     model.calibration.norm_quantiles["0.99"] = float(norms.values[1])
-    trusted = model(batch.images, batch).parts["trusted"]
+    trusted = model(prompts.images, prompts).parts["trusted"]
     assert trusted[norms.indices].tolist() == [1, 1, 0]
 
 
 def identity_tower(channel, stages):
     """Convolutions that pass one input channel on; z is what was pooled, single pixels first."""
     dim = 2 * (1 + stages)
-    tower = R.RewardFeatures(R.FeatureConfig(pixel_width=1, widths=(1,) * stages, dim=dim))
+    tower = RewardFeatures(FeatureConfig(pixel_width=1, widths=(1,) * stages, dim=dim))
     with torch.no_grad():
         for p in tower.parameters():
             p.zero_()
@@ -166,36 +170,36 @@ def test_the_bound_of_a_model_is_that_of_its_ridge_under_its_stated_assumptions(
 
 
 def test_a_completion_is_trusted_up_to_the_99th_percentile_of_the_training_norms():
-    batch = scene_prompts(5, 0, 8)
-    norm = learned()(batch.images, batch).parts["norm"]
+    prompts = scene_prompts(5, 0, 8)
+    norm = learned()(prompts.images, prompts).parts["norm"]
     limit = float(norm.sort().values[4])  # five of eight lie at or under it
-    parts = learned(norm_quantiles={"0.99": limit + 1e-6, "0.5": 0.0})(batch.images, batch).parts
+    parts = learned(norm_quantiles={"0.99": limit + 1e-6, "0.5": 0.0})(prompts.images, prompts).parts
     assert parts["trusted"].tolist() == [float(n <= limit + 1e-6) for n in norm] and parts["trusted"].sum() == 5
 
 
 def test_a_models_clamp_holds_its_trust():
-    batch = scene_prompts(5, 0, 8)
-    free, held = (learned(**k)(batch.images, batch).trust for k in ({}, {"lo": 0.9, "hi": 1.0}))
+    prompts = scene_prompts(5, 0, 8)
+    free, held = (learned(**k)(prompts.images, prompts).trust for k in ({}, {"lo": 0.9, "hi": 1.0}))
     assert torch.equal(held, free.clamp(0.9, 1.0)) and not torch.equal(held, free)
 
 
 def test_the_papers_constants_may_go_with_the_papers_norm():
-    model, batch = learned(norm_kind="paper"), scene_prompts(5, 0, 4)
-    norm = model.ridge.norm(model.z(batch.images, batch), "paper")
-    scores = model(batch.images, batch)
+    model, prompts = learned(norm_kind="paper"), scene_prompts(5, 0, 4)
+    norm = model.ridge.norm(model.z(prompts.images, prompts), "paper")
+    scores = model(prompts.images, prompts)
     assert torch.allclose(scores.trust.double(), torch.exp(-1.5 * norm + 0.3), atol=1e-6)
-    theorem = model.ridge.norm(model.z(batch.images, batch))
+    theorem = model.ridge.norm(model.z(prompts.images, prompts))
     assert torch.allclose(scores.parts["norm"].double(), theorem, atol=1e-6)  # the guard's norm stays the theorem's
 
 
 def test_a_saved_reward_scores_as_before(tmp_path):
-    model, batch = learned(), scene_prompts(5, 0, 4)
+    model, prompts = learned(), scene_prompts(5, 0, 4)
     with torch.no_grad():
         for p in model.features.parameters():
             p.copy_(p.half())  # stored in half precision
     model.save(tmp_path / "reward.pt", {})
     again = R.LearnedReward.load(tmp_path / "reward.pt")
-    a, b = model(batch.images, batch), again(batch.images, batch)
+    a, b = model(prompts.images, prompts), again(prompts.images, prompts)
     assert (
         torch.equal(a.value, b.value)
         and torch.equal(a.trust, b.trust)
@@ -207,3 +211,28 @@ def test_a_saved_reward_scores_as_before(tmp_path):
     torch.save(content, tmp_path / "reward.pt")
     with pytest.raises(ValueError, match="not a whole reward model.*psi"):
         R.LearnedReward.load(tmp_path / "reward.pt")
+
+
+# ------------------------------------------------------------------------------------------------ how good is it
+
+
+def test_a_reward_is_judged_by_the_truth_where_it_is_known_and_else_by_the_raters_mean():
+    """Errors, computed from the scores: against the truth 2, 4, 6, against the raters' means, against the first."""
+    model, prompts = learned(), scene_prompts(5, 0, 3)
+    said = T([[1.0, 3.0], [5.0, 6.0], [3.0, math.nan]], dtype=DOUBLE)
+    rated = Ratings(prompts, prompts.images, said, T([0, 1, 2]), ["toy"] * 3, torch.zeros(3, dtype=torch.bool))
+    scores, scale = model(prompts.images, prompts), model.calibration.label_norms
+    mean, spread = (T([scale[f"toy/{k}"][i] for k in prompts.kinds], dtype=DOUBLE) for i in (0, 1))
+    value = model.z(prompts.images, prompts).double() @ model.ridge.psi
+    first = T([1.0, 5.0, 3.0], dtype=DOUBLE)
+    for truth, expected in ((T([2.0, 4.0, 6.0]), [2.0, 4.0, 6.0]), (None, [2.0, 5.5, 3.0])):
+        judged = R.judge_reward(model, rated, truth, 0.1)
+        y = (T(expected, dtype=DOUBLE) - mean) / spread
+        error = (value - y).abs()
+        assert torch.allclose(judged.guess, value) and torch.allclose(judged.truth, y)
+        assert torch.allclose(judged.single, (first - mean) / spread)
+        assert judged.figures["error_median"] == pytest.approx(float(error.median()))
+        assert judged.figures["mean_error_on_scale"] == pytest.approx(float((error * spread).mean()), rel=1e-5)
+        bound = model.bound_factor(0.1) * scores.parts["norm"].double()
+        assert judged.figures["bound_coverage"] == pytest.approx(float((error <= bound).double().mean()))
+        assert judged.figures["gamma_q50"] == pytest.approx(float(scores.trust.median()))

@@ -2,6 +2,7 @@
 
 import io
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from helpers import learned
 from PIL import Image
 
-from minipref import named_rewards as R
-from minipref.data.prompts import Prompts, scene_prompts
-from minipref.rewards import LearnedReward
+from minipref import rewards as R
+from minipref.data.prompts import Prompts
+from minipref.reward_model import LearnedReward, Scores
+from minipref.toy.raters import gold_reward
+from minipref.toy.world import scene_prompts
 
 T = torch.tensor
 DOUBLE = torch.float64
@@ -29,11 +32,13 @@ def test_brightness_is_the_mean_luma():
 
 
 def test_a_reward_model_is_named_by_its_run_or_its_file(tmp_path):
-    model, batch = learned(), scene_prompts(0, 0, 2)
+    model, prompts = learned(), scene_prompts(0, 0, 2)
     model.save(tmp_path / "reward.pt", {})
-    for name in (f"model:{tmp_path}", f"model: {tmp_path / 'reward.pt'}"):
-        named = R.load_reward(name, pytest.fail, pytest.fail)
-        assert torch.allclose(named(batch.images, batch).value, model(batch.images, batch).value, atol=0.01)  # fp16
+    own, others = SimpleNamespace(folder=tmp_path), SimpleNamespace(folder=tmp_path / "nowhere")
+    expected = model(prompts.images, prompts).value
+    for name, pipe in ((f"model:{tmp_path}", others), (f"model: {tmp_path / 'reward.pt'}", others), ("model", own)):
+        named = R.load_reward(name, pipe)
+        assert torch.allclose(named(prompts.images, prompts).value, expected, atol=0.01)  # fp16
 
 
 def test_jpeg_size_is_in_kilobytes_and_noise_is_larger_than_a_flat_picture():
@@ -48,13 +53,6 @@ def test_jpeg_size_is_in_kilobytes_and_noise_is_larger_than_a_flat_picture():
     y = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
     y = torch.where(y == 1, 1.4, torch.where(y == 0, -0.3, y))  # beyond white is white, below black is black
     assert R.jpeg_size(y, scene_prompts(0, 0, 1)).item() == pytest.approx(len(noisy.getvalue()) / 1000)
-
-
-def test_gold_is_seven_for_the_truth_and_needs_the_true_scene():
-    batch = scene_prompts(0, 0, 3)
-    assert R.gold(batch.images, batch).tolist() == pytest.approx([7.0] * 3)
-    with pytest.raises(ValueError, match="true scenes"):
-        R.gold(batch.images, Prompts(batch.images, batch.masks, batch.texts, batch.kinds))
 
 
 class FakeClip:
@@ -80,10 +78,10 @@ class FakeTokenizer:
 def test_clip_reward_is_the_cosine_to_the_named_or_the_prompts_own_text():
     x = torch.zeros(2, 3, 2, 2)
     x[0, 0], x[1, 0], x[1, 1] = 1, 0.6, 0.8
-    batch = Prompts(x, torch.ones(2, 1, 2, 2), ["red", "green"], ["full"] * 2)
-    assert R.ClipReward(FakeClip(), FakeTokenizer(), "red")(x, batch).tolist() == pytest.approx([1.0, 0.6])
-    assert R.ClipReward(FakeClip(), FakeTokenizer())(x, batch).tolist() == pytest.approx([1.0, 0.8])
-    silent = Prompts(x, batch.masks, ["red", ""], batch.kinds)
+    prompts = Prompts(x, torch.ones(2, 1, 2, 2), ["red", "green"], ["full"] * 2)
+    assert R.ClipReward(FakeClip(), FakeTokenizer(), "red")(x, prompts).tolist() == pytest.approx([1.0, 0.6])
+    assert R.ClipReward(FakeClip(), FakeTokenizer())(x, prompts).tolist() == pytest.approx([1.0, 0.8])
+    silent = Prompts(x, prompts.masks, ["red", ""], prompts.kinds)
     with pytest.raises(ValueError, match="without a text"):
         R.ClipReward(FakeClip(), FakeTokenizer())(x, silent)
     with pytest.raises(ValueError, match="never saw: dog"):
@@ -93,19 +91,24 @@ def test_clip_reward_is_the_cosine_to_the_named_or_the_prompts_own_text():
 # ------------------------------------------------------------------------------------------------ choosing a reward
 
 
-def load(name):
-    return R.load_reward(name, learned=learned, clip=lambda: (FakeClip(), FakeTokenizer()))
+@pytest.fixture
+def load(tmp_path):
+    """-> load_reward for a pipeline with a reward model and FakeClip; "gold" is known, as train_rl.py knows it."""
+    learned().save(tmp_path / "reward.pt", {})
+    pipeline = SimpleNamespace(folder=tmp_path, clip=FakeClip(), tokenizer=FakeTokenizer())
+    return lambda name: R.load_reward(name, pipeline, {"gold": gold_reward})
 
 
-def my_reward(images, batch):
-    return images.mean((1, 2, 3)) + batch.masks.mean((1, 2, 3))
+def my_reward(images, prompts):
+    return images.mean((1, 2, 3)) + prompts.masks.mean((1, 2, 3))
 
 
-def test_a_reward_is_chosen_by_name():
-    assert load("brightness") is R.brightness and load("jpeg_small") is R.jpeg_small and load("gold") is R.gold
-    assert isinstance(load("model"), LearnedReward)
-    assert load("clip: red").text == load("clip:red").text == "red"
-    assert load(f"{__name__}:my_reward") is my_reward
+def test_a_reward_is_chosen_by_name(load):
+    assert load("brightness").reward is R.brightness and load("jpeg_small").reward is R.jpeg_small
+    assert load("gold").reward is gold_reward and load("brightness").name == "brightness"
+    assert isinstance(load("model").reward, LearnedReward)
+    assert load("clip: red").reward.text == load("clip:red").reward.text == "red"
+    assert load(f"{__name__}:my_reward").reward is my_reward
     for name, message in (
         ("nonsense", "unknown; choose model, model:RUN, clip:TEXT, brightness"),
         ("no.such.module:f", "cannot be imported"),
@@ -119,27 +122,50 @@ def test_a_reward_is_chosen_by_name():
             load(name)
 
 
-def test_a_module_beside_the_user_is_found(tmp_path, monkeypatch):
-    (tmp_path / "my_own_reward.py").write_text("def f(images, batch):\n    return images.mean((1, 2, 3))\n")
+def test_gold_is_a_reward_only_where_it_is_offered_and_the_true_scene_is_known(load):
+    prompts = scene_prompts(0, 0, 3)
+    x = prompts.paste_known(torch.lerp(prompts.images, torch.rand(3, 3, 32, 32), T([0.0, 0.5, 1.0]).view(3, 1, 1, 1)))
+    assert load("gold")(x, prompts).value[0] == pytest.approx(7.0)
+    own = Prompts(prompts.images, prompts.masks, prompts.texts, prompts.kinds)
+    with pytest.raises(
+        ValueError, match="^reward gold: .*true scenes of the toy world; pictures of your own have none"
+    ):
+        load("gold")(x, own)
+    with pytest.raises(ValueError, match="^--reward gold: unknown; choose "):
+        R.load_reward("gold", SimpleNamespace())
+
+
+def test_every_loaded_reward_is_checked(load):
+    """Alone as in a sum, whoever made it: what cannot be learned from is refused by its name."""
+    prompts = scene_prompts(5, 0, 3)
+    for name in (f"{__name__}:one_number", f"brightness+{__name__}:one_number", f"2*{__name__}:one_number"):
+        with pytest.raises(ValueError, match=rf"^reward .*{__name__}:one_number: returned \(1,\)"):
+            load(name)(prompts.images, prompts)
+    with pytest.raises(ValueError, match="^reward brightness: gave all 3 pictures the value 0: nothing to learn"):
+        load("brightness")(torch.zeros(3, 3, 32, 32), prompts)
+
+
+def test_a_module_beside_the_user_is_found(load, tmp_path, monkeypatch):
+    (tmp_path / "my_own_reward.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [p for p in __import__("sys").path if p not in ("", str(tmp_path))])
-    assert load("my_own_reward:f").__name__ == "f"
+    assert load("my_own_reward:f").reward.__name__ == "f"
 
 
-def test_a_weighted_sum_adds_its_terms_and_keeps_the_trust():
-    batch = scene_prompts(5, 0, 3)
-    x, model = torch.lerp(batch.images, torch.rand(3, 3, 32, 32), 0.3), learned()
-    total = load("0.5*brightness+2*model+gold")(x, batch)
-    expected = 0.5 * R.brightness(x, batch) + 2 * model(x, batch).value + R.gold(x, batch)
-    assert torch.allclose(total.value, expected) and torch.equal(total.trust, model(x, batch).trust)
-    own = model(x, batch).parts
+def test_a_weighted_sum_adds_its_terms_and_keeps_the_trust(load):
+    prompts = scene_prompts(5, 0, 3)
+    x, model = torch.lerp(prompts.images, torch.rand(3, 3, 32, 32), 0.3), load("model").reward
+    total = load("0.5*brightness+2*model+gold")(x, prompts)
+    expected = 0.5 * R.brightness(x, prompts) + 2 * model(x, prompts).value + gold_reward(x, prompts)
+    assert torch.allclose(total.value, expected) and torch.equal(total.trust, model(x, prompts).trust)
+    own = model(x, prompts).parts
     assert set(total.parts) == {"norm", "trusted", "bound"} and torch.equal(total.parts["norm"], own["norm"])
     assert torch.allclose(total.parts["bound"], 2 * own["bound"])  # an error of the model counts twice
-    assert torch.allclose(load("-2*model")(x, batch).parts["bound"], 2 * own["bound"])
-    mixed = load("clip: red+0.5*brightness")(x, batch)
-    assert torch.allclose(mixed.value, load("clip: red")(x, batch) + 0.5 * R.brightness(x, batch))
-    single = load("3*brightness")(x, batch)
-    assert torch.allclose(single.value, 3 * R.brightness(x, batch)) and single.trust is None
+    assert torch.allclose(load("-2*model")(x, prompts).parts["bound"], 2 * own["bound"])
+    mixed = load("clip: red+0.5*brightness")(x, prompts)
+    assert torch.allclose(mixed.value, load("clip: red")(x, prompts).value + 0.5 * R.brightness(x, prompts))
+    single = load("3*brightness")(x, prompts)
+    assert torch.allclose(single.value, 3 * R.brightness(x, prompts)) and single.trust is None
     with pytest.raises(ValueError, match=r"'brightness - 2' is no number; join terms by \+"):
         load("brightness - 2*jpeg_size")
 
@@ -157,53 +183,49 @@ def test_a_weighted_sum_adds_its_terms_and_keeps_the_trust():
     ids=["nan", "infinite", "shape", "number", "constant", "raises"],
 )
 def test_a_reward_that_cannot_be_learned_from_is_refused_by_name(answer, message):
-    batch = scene_prompts(0, 0, 3)
+    prompts = scene_prompts(0, 0, 3)
     with pytest.raises(ValueError, match=f"reward mine: .*{message}"):
-        R.CheckedReward("mine", answer)(batch.images, batch)
+        R.CheckedReward("mine", answer)(prompts.images, prompts)
 
 
 @pytest.mark.parametrize(
     "scores,message",
     [
-        (R.Scores(torch.arange(3.0), T([1.0, math.nan, 1.0])), "a trust of NaN"),
-        (R.Scores(torch.arange(3.0), torch.ones(3, 1)), r"a trust of \(3, 1\)"),
-        (R.Scores(torch.arange(3.0), None, {"x": 1.0}), "a part 'x' of float"),
+        (Scores(torch.arange(3.0), T([1.0, math.nan, 1.0])), "a trust of NaN"),
+        (Scores(torch.arange(3.0), torch.ones(3, 1)), r"a trust of \(3, 1\)"),
+        (Scores(torch.arange(3.0), None, {"x": 1.0}), "a part 'x' of float"),
     ],
     ids=["nan trust", "trust of another shape", "part"],
 )
 def test_trust_and_parts_are_checked_too(scores, message):
-    batch = scene_prompts(0, 0, 3)
+    prompts = scene_prompts(0, 0, 3)
     with pytest.raises(ValueError, match=f"reward mine: returned {message}"):
-        R.CheckedReward("mine", lambda x, b: scores)(batch.images, batch)
+        R.CheckedReward("mine", lambda x, b: scores)(prompts.images, prompts)
     learning = T([1.0, 2.0, 3.0], requires_grad=True)
-    assert not R.CheckedReward("mine", lambda x, b: R.Scores(learning, learning))(
-        batch.images, batch
+    assert not R.CheckedReward("mine", lambda x, b: Scores(learning, learning))(
+        prompts.images, prompts
     ).trust.requires_grad
 
 
-def test_a_term_of_a_sum_is_checked_by_its_own_name():
-    batch = scene_prompts(0, 0, 3)
-    with pytest.raises(ValueError, match=r"reward .*one_number: returned \(1,\)"):
-        R.CheckedReward("sum", load(f"brightness+{__name__}:one_number"))(batch.images, batch)
-
-
-def one_number(images, batch):
+def one_number(images, prompts):
     return torch.ones(1)
 
 
 def test_a_checked_reward_passes_good_answers_on():
-    batch = scene_prompts(0, 0, 3)
+    prompts = scene_prompts(0, 0, 3)
     trust = T([1.0, 2.0, 3.0], dtype=DOUBLE)
-    given = R.Scores(T([1, 2, 3]), trust, {"own": trust})
-    scores = R.CheckedReward("mine", lambda x, b: given)(batch.images, batch)
+    given = Scores(T([1, 2, 3]), trust, {"own": trust})
+    scores = R.CheckedReward("mine", lambda x, b: given)(prompts.images, prompts)
     assert scores.value.tolist() == [1, 2, 3] and scores.value.dtype == torch.float32
     assert scores.trust.dtype == torch.float32 and scores.parts["own"].tolist() == [1, 2, 3]
-    one = R.CheckedReward("mine", lambda x, b: torch.ones(1))(batch.images[:1], batch.select([0]))
+    one = R.CheckedReward("mine", lambda x, b: torch.ones(1))(prompts.images[:1], prompts.select([0]))
     with pytest.raises(ValueError, match="all 2 pictures the value 1"):
-        R.CheckedReward("mine", lambda x, b: torch.ones(2))(batch.images[:2], batch.select([0, 1]))
+        R.CheckedReward("mine", lambda x, b: torch.ones(2))(prompts.images[:2], prompts.select([0, 1]))
     answers = iter([T([1.0, 0.0, 0.0]), torch.ones(3)])
     last_differs = R.CheckedReward("mine", lambda x, b: T([2.0, 1.0, 1.0]))
-    assert last_differs(batch.images, batch).value[0] == 2
+    assert last_differs(prompts.images, prompts).value[0] == 2
     solved = R.CheckedReward("mine", lambda x, b: next(answers))
-    assert solved(batch.images, batch).value.sum() == 1 and solved(batch.images, batch).value.sum() == 3  # all solved
+    assert (
+        solved(prompts.images, prompts).value.sum() == 1 and solved(prompts.images, prompts).value.sum() == 3
+    )  # all solved
     assert one.value.tolist() == [1] and one.trust is None  # a single picture cannot show a difference

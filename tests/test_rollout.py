@@ -4,16 +4,9 @@ import math
 
 import pytest
 import torch
-from helpers import condition, schedule
+from helpers import condition, schedule, step_mean
 
-from minipref.diffusion import (
-    Condition,
-    ddim_mean,
-    ddim_step,
-    predict,
-    rollout,
-    sample_generators,
-)
+from minipref.diffusion import STREAMS, Condition, ddim_step, predict, replay, rollout, sample_generators
 
 # ------------------------------------------------------------------------------------------------ guidance
 
@@ -132,11 +125,11 @@ def exact_moments(s, mu, std, steps, eta):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_samples_of_a_linear_gaussian_model_have_the_exact_mean_and_variance(eta):
     s, mu, std, count = schedule(prediction_type="epsilon"), 0.7, 0.4, 8000
-    path = rollout(
+    trajectory = rollout(
         Linear(s, mu, std), s, condition(count), shape=(1, 1, 4), steps=12, eta=eta,
         generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
-    x = path.latents[:, -1].double().flatten()
+    x = trajectory.latents[:, -1].double().flatten()
     m, sd = exact_moments(s, mu, std, 12, eta)
     n = len(x)  # bounds of 5.5 standard errors: false alarm below 1e-7 for each
     assert abs(x.mean().item() - m) < 5.5 * sd / math.sqrt(n)
@@ -170,10 +163,10 @@ def test_samples_of_correlated_gaussian_data_have_the_exact_covariance(eta):
         k = math.sqrt(1 - p - sigma2) - math.sqrt(p * (1 - a) / a)
         M = math.sqrt(p / a) * eye + k * gain(a)
         mean, cov = M @ mean - k * gain(a) @ mu * math.sqrt(a), M @ cov @ M.T + sigma2 * eye
-    path = rollout(
+    trajectory = rollout(
         Net(), s, condition(count), shape=(1, 1, 2), steps=10, eta=eta, generator=torch.Generator().manual_seed(2)
     )
-    x = path.latents[:, -1].flatten(1).double()
+    x = trajectory.latents[:, -1].flatten(1).double()
     error = (cov.diag()[:, None] * cov.diag()[None] + cov**2).div(count).sqrt()
     assert ((x.mean(0) - mean).abs() < 6 * (cov.diag() / count).sqrt()).all()
     assert ((x.T.cov() - cov).abs() < 6 * error).all() and cov[0, 1] > 10 * error[0, 1]
@@ -182,29 +175,51 @@ def test_samples_of_correlated_gaussian_data_have_the_exact_covariance(eta):
 
 
 def test_a_trajectory_holds_every_latent_and_the_probability_of_every_random_step():
-    s, net = schedule(prediction_type="epsilon", timestep_spacing="trailing"), None
-    net = Linear(s, 0.0, 1.0)
-    path = rollout(net, s, condition(3), shape=(2, 4, 4), steps=5, eta=1.0, generator=sample_generators(0, 1, range(3)))
-    assert path.latents.shape == (3, 6, 2, 4, 4) and path.log_probs.shape == (3, 5)
-    assert path.timesteps.tolist() == s.timesteps(5).tolist()
-    assert path.scored.tolist() == [True] * 4 + [False]  # the last step has sigma = 0
-    assert path.times(0) == (999, 799) and path.times(4) == (199, -1)
+    s = schedule(prediction_type="epsilon", timestep_spacing="trailing")
+    net, generators = Linear(s, 0.0, 1.0), sample_generators(0, 1, range(3))
+    trajectory = rollout(net, s, condition(3), shape=(2, 4, 4), steps=5, eta=1.0, generator=generators)
+    latents, times = trajectory.latents, trajectory.timesteps
+    assert latents.shape == (3, 6, 2, 4, 4) and trajectory.log_probs.shape == (3, 5)
+    assert times.tolist() == s.timesteps(5).tolist() == [999, 799, 599, 399, 199]
+    assert trajectory.next_timesteps.tolist() == [799, 599, 399, 199, -1]
+    assert trajectory.scored.tolist() == [True] * 4 + [False]  # the last step has sigma = 0
     for i in range(4):
-        t, t_prev = path.times(i)
-        out = net(path.latents[:, i], torch.full((3,), t), None)
-        x_prev, log_prob = ddim_step(s, out, path.latents[:, i], t, t_prev, eta=1.0, x_prev=path.latents[:, i + 1])
-        assert torch.allclose(log_prob, path.log_probs[:, i], atol=1e-6)
+        out = net(latents[:, i], times[i].expand(3), None)
+        step = int(times[i]), int(times[i + 1])
+        _, log_prob = ddim_step(s, out, latents[:, i], *step, eta=1.0, x_prev=latents[:, i + 1])
+        assert torch.allclose(log_prob, trajectory.log_probs[:, i], atol=1e-6)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_replay_finds_the_gaussian_that_each_step_was_drawn_from(guidance):
+    """Any samples and steps in any order: mean + sigma·noise is where the rollout went, and the ratio of both is 1."""
+    s, net, seeds = schedule(), Counting(), sample_generators(4, 2, range(3))
+    text = torch.tensor([0.5, -1.0, 2.0])[:, None, None].expand(3, 2, 3)  # a prompt of its own for each sample
+    c = condition(3, context=text, empty=torch.zeros(3, 2, 3))
+    kw = {"eta": 0.8, "guidance": guidance}
+    trajectory = rollout(net, s, c, shape=(1, 4, 4), steps=5, generator=seeds, **kw)
+    noise = torch.stack([torch.randn(6, 1, 4, 4, generator=g) for g in sample_generators(4, 2, range(3))])
+    samples, steps = torch.tensor([2, 0, 1, 2, 0]), torch.tensor([3, 0, 2, 1, 1])
+    log_prob, mean, sigma = replay(net, s, trajectory, c, samples, steps, **kw)
+    assert mean.shape == (5, 1, 4, 4) and sigma.shape == (5, 1, 1, 1) and log_prob.shape == (5,)
+    drawn = mean + sigma * noise[samples, steps + 1]
+    assert torch.allclose(drawn, trajectory.latents[samples, steps + 1], atol=1e-5)
+    assert torch.allclose(log_prob, trajectory.log_probs[samples, steps], atol=1e-6)
+    density = torch.distributions.Normal(mean, sigma).log_prob(drawn).flatten(1).mean(1)
+    assert torch.allclose(log_prob, density, atol=1e-5)
 
 
 def test_steps_without_noise_are_never_scored():
     net = Linear(schedule(), 0.0, 1.0)
-    path = rollout(net, schedule(), condition(1), shape=(1, 2, 2), steps=4, eta=0.0, generator=torch.Generator())
-    assert not path.scored.any()
+    still = rollout(net, schedule(), condition(1), shape=(1, 2, 2), steps=4, eta=0.0, generator=torch.Generator())
+    assert not still.scored.any() and still.log_probs.isnan().all()
     tiny = rollout(
         net, schedule(set_alpha_to_one=False, timestep_spacing="leading", steps_offset=1), condition(1),
         shape=(1, 2, 2), steps=4, eta=1.0, generator=torch.Generator(),
     )  # fmt: skip
-    assert tiny.scored.all()  # Stable Diffusion's settings end at abar_0 < 1: even the last step is random
+    assert (
+        tiny.scored.all() and tiny.log_probs.isfinite().all()
+    )  # Stable Diffusion's settings end at abar_0 < 1: even the last step is random
 
 
 def test_noise_depends_on_seed_epoch_and_sample_index_alone():
@@ -227,18 +242,26 @@ def test_noise_depends_on_seed_epoch_and_sample_index_alone():
 
 def test_a_rollout_draws_one_noise_a_step_and_one_to_start_from():
     net, spare = Linear(schedule(), 0.3, 0.5), sample_generators(1, 2, [3])[0]
-    first = torch.randn(4, 1, 4, 4, generator=spare)  # T + 1 = 4 of them
+    noise = torch.randn(4, 1, 4, 4, generator=spare)  # T + 1 = 4 of them
     used = sample_generators(1, 2, [3])
-    path = rollout(net, schedule(), condition(1), shape=(1, 4, 4), steps=3, eta=1.0, generator=used)
-    assert torch.equal(path.latents[0, 0], first[0]) and torch.equal(used[0].get_state(), spare.get_state())
-    mean, sigma = ddim_mean(
-        schedule(),
-        net(path.latents[:, 0], torch.tensor(path.times(0)[:1]), None),
-        path.latents[:, 0],
-        *path.times(0),
-        eta=1,
-    )
-    assert torch.allclose(path.latents[:, 1], mean + sigma * first[1], atol=1e-6)
+    trajectory = rollout(net, schedule(), condition(1), shape=(1, 4, 4), steps=3, eta=1.0, generator=used)
+    latents, (t, t_prev, _) = trajectory.latents, trajectory.timesteps.tolist()
+    assert torch.equal(latents[0, 0], noise[0]) and torch.equal(used[0].get_state(), spare.get_state())
+    mean, sigma = step_mean(schedule(), net(latents[:, 0], torch.tensor([t]), None), latents[:, 0], t, t_prev, 1)
+    assert torch.allclose(latents[:, 1], mean + sigma * noise[1], atol=1e-6)
+
+
+def test_a_stream_is_a_name_for_the_numbers_that_published_figures_rest_on():
+    """Curves, comparison and KL had the epochs -1 to -4, RPO's three lists of prompts -10 to -12, `evaluate` 1000 …"""
+    numbers = {"curves": -1, "judge base": -2, "judge aligned": -3, "kl": -4, "sample": 0, "policies": 1}
+    numbers |= {"training pictures": -10, "validation": -11, "test": -12}
+    numbers |= {"evaluate opponent": 1000, "evaluate base": 2000, "evaluate aligned": 3000}
+    assert numbers.keys() == STREAMS.keys()
+    for name, number in numbers.items():
+        by_name, by_number = (sample_generators(3, x, [5])[0].initial_seed() for x in (name, number))
+        assert by_name == by_number
+    with pytest.raises(KeyError):
+        sample_generators(0, "curve", [0])
 
 
 def test_every_sample_has_its_own_stream():
@@ -257,10 +280,11 @@ def test_generators_of_neighbouring_samples_are_uncorrelated():
 
 def test_latents_are_stored_in_the_type_asked_for_and_fed_on_as_stored():
     s, net = schedule(), Linear(schedule(), 0.0, 1.0)
-    path = rollout(
+    trajectory = rollout(
         net, s, condition(2), shape=(1, 4, 4), steps=4, eta=1.0, generator=torch.Generator(), dtype=torch.float16
     )
-    assert path.latents.dtype == torch.float16 and path.log_probs.dtype == torch.float32
-    out = net(path.latents[:, 1], torch.full((2,), path.times(1)[0]), None)
-    _, log_prob = ddim_step(s, out, path.latents[:, 1], *path.times(1), eta=1.0, x_prev=path.latents[:, 2])
-    assert torch.equal(log_prob, path.log_probs[:, 1])
+    latents, (t, t_prev) = trajectory.latents, trajectory.timesteps[1:3].tolist()
+    assert latents.dtype == torch.float16 and trajectory.log_probs.dtype == torch.float32
+    out = net(latents[:, 1], torch.full((2,), t), None)
+    _, log_prob = ddim_step(s, out, latents[:, 1], t, t_prev, eta=1.0, x_prev=latents[:, 2])
+    assert torch.equal(log_prob, trajectory.log_probs[:, 1])

@@ -8,22 +8,22 @@ from helpers import rpo_weights as weights
 from helpers import train_rpo_tiny as train
 
 from minipref.data.prompts import text_prompts
-from minipref.data.subjects import load_prompts, load_subject
 from minipref.pipeline import SHIPPED, Pipeline, Sampling, load_unet
 from minipref.rewards import SubjectReward
+from minipref.toy.subjects import prompt_lists, toy_subject
 
 
 def by_hand(steps, *, beta, switches, seed=0):
     """The first updates, written out a second time from RPO's equations: policy, rows, mean label of all pairs."""
     pipe = Pipeline.load(None)
-    subject, _ = load_subject("", "", 0)
+    subject = toy_subject(0, 32)
     shown = subject.references
-    texts = [p.text for p in load_prompts(subject, "", False, "", (2, 2, 3), seed)[0] for _ in range(2)]
+    texts = [p.text for p in prompt_lists(subject, seed, (2, 2, 3))[0] for _ in range(2)]
     lam = float(dict(zip(switches, switches[1:])).get("--lam-train", 0.5))
     if "dreambooth" in switches:
         texts = ["a photo of a circle"] * 4
     instance = ["a photo of a [V] circle"] * 2
-    generated = pipe.complete(pipe.unet, text_prompts(texts), Sampling(2, 0.0, 3.0), seed=1000 * seed, epoch=-10)
+    generated = pipe.complete(pipe.unet, text_prompts(texts), Sampling(2, 0.0, 3.0), seed=1000 * seed, stream=-10)
     score = SubjectReward(pipe.clip, pipe.tokenizer, shown)
     x_ref, x_gen = pipe.codec.encode(shown), pipe.codec.encode(generated)
     policy = load_unet(SHIPPED / "unet.pt")[0].to(memory_format=torch.channels_last)
@@ -97,7 +97,7 @@ def by_hand(steps, *, beta, switches, seed=0):
 def test_three_updates_are_those_of_the_papers_equations(tmp_path, switches):
     """A large beta, so that the preference counts: losses, margins, labels and weights agree with a second writing."""
     beta = {} if switches[-1:] in (("similarity",), ("dreambooth",)) else {"beta": 50.0}
-    summary = train(tmp_path / "x", *switches, steps=3, **beta)
+    summary = train(tmp_path / "x", *switches, updates=3, **beta)
     rows = [json.loads(x) for x in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()][1:]
     policy, seen, label = by_hand(3, beta=50.0, switches=switches)
     for row, expected in zip(rows, seen, strict=True):
@@ -117,8 +117,8 @@ def test_three_updates_are_those_of_the_papers_equations(tmp_path, switches):
 
 def test_weight_decay_is_decoupled_from_the_gradient(tmp_path):
     """One AdamW update with weight decay w: the weights are lr·w times the old ones smaller than without."""
-    train(tmp_path / "with", "--weight-decay", "20", mode="similarity", steps=1, val_every=1)
-    train(tmp_path / "without", "--weight-decay", "0", mode="similarity", steps=1, val_every=1)
+    train(tmp_path / "with", "--weight-decay", "20", mode="similarity", updates=1, val_every=1)
+    train(tmp_path / "without", "--weight-decay", "0", mode="similarity", updates=1, val_every=1)
     start, a, b = (
         load_unet(SHIPPED / "unet.pt")[0].state_dict(),
         weights(tmp_path / "with"),

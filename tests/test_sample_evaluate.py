@@ -1,20 +1,30 @@
 """The commands around a run: `sample` and `evaluate`, on the shipped weights; and those weights themselves."""
 
+import json
 import math
 import re
+import shutil
+from copy import deepcopy
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from helpers import stops_with
+from helpers import train_tiny as train
 from PIL import Image
 
-from minipref import evaluate, sample
-from minipref.data.prompts import scene_prompts
-from minipref.data.scenes import HELD_OUT_WORLD, draw, scenes, world
-from minipref.diffusion import ddim_step, predict
-from minipref.pipeline import SHIPPED, Pipeline, Sampling
+from minipref.commands import evaluate, sample
+from minipref.data.pictures import read_image
+from minipref.data.prompts import text_prompts
+from minipref.diffusion import STREAMS, ddim_step, predict, replay
+from minipref.pipeline import SHIPPED, Pipeline, Sampling, load_unet
+from minipref.reward_model import LearnedReward
 from minipref.runtime import checkpoint
+from minipref.toy.raters import gold
+from minipref.toy.world import draw, scene_prompts, scenes, sloppy
+
+HELD_OUT = 5 * 1_000_003  # the seed of the held-out prompts
 
 
 def test_sample_shows_base_beside_aligned_and_keeps_known_pixels(run, tmp_path):
@@ -41,7 +51,7 @@ def test_sample_shows_base_beside_aligned_and_keeps_known_pixels(run, tmp_path):
 
 def test_sample_needs_no_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--full", "--prompt", "a red circle on a blue background", "--count", "2", "--steps", "2"]
+    flags = ["--full", "--prompt", "a red circle on a blue background", "--count", "2", "--sampling-steps", "2"]
     sample.main(flags)
     assert (tmp_path / "sample.png").exists() and len(list((tmp_path / "sample").iterdir())) == 2
     mine = tmp_path / "mine"
@@ -56,7 +66,7 @@ def test_sample_needs_no_run(tmp_path, monkeypatch):
 
 def test_evaluate_reports_both_models_and_the_base_against_itself(run, capsys):
     folder, _ = run
-    evaluate.main(["--run", str(folder), "--prompts", "16", "--best-of", "3", "--steps", "2"])
+    evaluate.main(["--run", str(folder), "--prompts", "16", "--best-of", "3", "--sampling-steps", "2"])
     text = (folder / "evaluation.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out and (folder / "evaluation.png").exists()
     assert (
@@ -67,16 +77,16 @@ def test_evaluate_reports_both_models_and_the_base_against_itself(run, capsys):
 
 def test_evaluate_without_a_run_judges_text_to_image(capsys, tmp_path):
     """The shipped weights, and those of a folder; with every true picture in place of the model's, all is obeyed."""
-    evaluate.main(["--prompts", "8", "--steps", "2"])
+    evaluate.main(["--prompts", "8", "--sampling-steps", "2"])
     text = capsys.readouterr().out
     assert text.count("| things | captions | background | shape | colour | second | all |") == 2
     assert "guidance 5, seed 0" in text
     for name in ("unet.pt", "clip.pt"):
         (tmp_path / name).write_bytes((SHIPPED / name).read_bytes())
-    evaluate.main(["--prompts", "8", "--steps", "2", "--weights", str(tmp_path)])
+    evaluate.main(["--prompts", "8", "--sampling-steps", "2", "--weights", str(tmp_path)])
     assert capsys.readouterr().out == text
     with pytest.MonkeyPatch.context() as patch:
-        batch = scenes(world(HELD_OUT_WORLD, 0), 0, 16)
+        batch = scenes(HELD_OUT, 0, 16)
         patch.setattr(Pipeline, "complete", lambda *a, **k: draw(batch))
         evaluate.main(["--prompts", "16"])
         assert capsys.readouterr().out.count("| any | 16 | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 |") == 2
@@ -95,7 +105,7 @@ def test_the_base_against_itself_wins_s_of_s_plus_one(tmp_path, run):
     pipe = Pipeline.load(None)
     meta = torch.load(folder / "last.pt", weights_only=True)["meta"]
     checkpoint.save(twin / "last.pt", "unet", pipe.unet.config, pipe.unet.state_dict(), meta=meta)
-    evaluate.main(["--run", str(twin), "--prompts", "96", "--steps", "2"])
+    evaluate.main(["--run", str(twin), "--prompts", "96", "--sampling-steps", "2"])
     text = (twin / "evaluation.md").read_text(encoding="utf-8")
     rows = re.findall(r"\| (base against itself|aligned against base) \| (\d+) \| ([\d.]+) \|", text)
     assert len(rows) == 2 * 2 * 3
@@ -112,26 +122,172 @@ def test_the_table_counts_each_models_wins_over_the_same_opponent():
     assert rates == [0.0, 0.5, 0.75, 0.75]
 
 
-def test_the_kl_of_a_rollout_is_the_mean_log_ratio_of_its_paths():
-    """Closed form against Monte Carlo: E[log p − log q] over 96 paths; 6 standard errors, false alarm 2e-9."""
-    import copy
-
+def test_the_kl_of_a_rollout_is_the_mean_log_ratio_of_its_trajectories():
+    """Closed form against Monte Carlo: E[log p − log q] over 96 rollouts; 6 standard errors, false alarm 2e-9. And by
+    the means of each step, on trajectories of the stream "kl"."""
     pipe, prompts = Pipeline.load(None), scene_prompts(4, 0, 96)
-    moved = copy.deepcopy(pipe.unet)
+    moved = deepcopy(pipe.unet)
     with torch.no_grad():
         moved.conv_out.bias += 0.02
-    how = Sampling(3)
-    exact = evaluate.path_kl(pipe, moved, prompts, how, seed=0)
-    path, condition = pipe.sample(moved, prompts, how, 0, 3, range(96)), pipe.condition(prompts)
-    n, total = path.latents[0, 0].numel(), torch.zeros(96)
+    sampling, condition = Sampling(3), pipe.condition(prompts)
+    exact = pipe.kl_to_base(moved, prompts, sampling, seed=0)
+    trajectory = pipe.rollout(moved, prompts, sampling, 0, 3, range(96))
+    n, total = trajectory.latents[0, 0].numel(), torch.zeros(96)
     for i in range(2):
-        t, t_prev = path.times(i)
-        x, following = path.latents[:, i], path.latents[:, i + 1]
+        t, t_prev = trajectory.timesteps[i], trajectory.timesteps[i + 1]
+        x, following = trajectory.latents[:, i], trajectory.latents[:, i + 1]
         with torch.no_grad():
             p, q = (ddim_step(pipe.schedule, predict(u, x, t, condition), x, t, t_prev, eta=1.0, x_prev=following)[1]
                     for u in (moved, pipe.unet))  # fmt: skip
         total += n * (p - q)
     assert exact.mean() > 1 and (total - exact).mean().abs() < 6 * (total - exact).std() / 96**0.5
+    trajectory, again = pipe.rollout(moved, prompts, sampling, 0, -4, range(96)), torch.zeros(96)
+    for step in (0, 1):
+        taken = pipe.schedule, trajectory, condition, torch.arange(96), torch.full((96,), step)
+        with torch.no_grad():
+            (_, p, sigma), (_, q, _) = (replay(u, *taken, eta=1.0) for u in (moved, pipe.unet))
+        again += ((p - q).square() / (2 * sigma**2)).sum((1, 2, 3))
+    assert torch.allclose(exact, again, rtol=1e-3)
+
+
+def redrawn(folder, name, stream, start):
+    """Rewards and gold of held-out prompts `start` to `start` + 7, as a run of three steps draws them."""
+    pipe, prompts = Pipeline.load(None), scene_prompts(HELD_OUT, start, 8)
+    unet = pipe.unet if name == "base" else load_unet(folder / "last.pt")[0]
+    images = pipe.complete(unet, prompts, Sampling(3), seed=0, stream=stream)
+    reward = LearnedReward.load(SHIPPED / "reward.pt")
+    return {"reward": reward(images, prompts).value, "gold": gold(images, prompts.masks, prompts.truth).label}
+
+
+def wins(after, before):
+    return ((after > before).double() + (after == before).double() / 2).mean().item()
+
+
+def test_base_and_aligned_model_are_judged_under_independent_noise_and_curves_share_theirs(run):
+    """Everything that a run reports of held-out prompts, drawn again with the streams' numbers: prompts 0 to 7 are the
+    curves', 8 to 15 those of the final comparison."""
+    folder, summary = run
+    log = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    reported = [{k: log[i][f"eval_{k}"] for k in ("reward", "gold")} for i in (0, 2)]
+    reported += [{k: summary[f"{k}_{when}"] for k in ("reward", "gold")} for when in ("before", "after")]
+    again = [redrawn(folder, *x) for x in (("base", -1, 0), ("aligned", -1, 0), ("base", -2, 8), ("aligned", -3, 8))]
+    for found, values in zip(reported, again, strict=True):
+        assert found == pytest.approx({k: v.mean().item() for k, v in values.items()}, abs=1e-4)
+    before, after = again[2:]
+    assert summary["win_rate"] == wins(after["gold"], before["gold"])
+    assert summary["win_rate_reward"] == wins(after["reward"], before["reward"])
+    shared = redrawn(folder, "aligned", -2, 8)["reward"].mean().item()
+    assert abs(summary["reward_after"] - shared) > 1e-3  # the base's noise would have been noticed
+    aligned, prompts = load_unet(folder / "last.pt")[0], scene_prompts(HELD_OUT, 8, 8)
+    kl = Pipeline.load(None).kl_to_base(aligned, prompts, Sampling(3), seed=0).mean().item()
+    assert summary["kl"] == pytest.approx(kl, rel=1e-3)
+    assert [STREAMS[k] for k in ("curves", "judge base", "judge aligned", "kl")] == [-1, -2, -3, -4]
+
+
+def test_evaluate_draws_every_sample_of_either_model_with_noise_of_its_own(run):
+    """Streams 1000 (the opponent), 2000 and 2001 (the base's samples), 3000 and 3001, drawn again."""
+    folder, _ = run
+    evaluate.main(["--run", str(folder), "--prompts", "8", "--best-of", "2"])
+    text, opponent = (folder / "evaluation.md").read_text(encoding="utf-8"), redrawn(folder, "base", 1000, 8)
+    for name, stream in (("base", 2000), ("aligned", 3000)):
+        samples = [redrawn(folder, name, stream + i, 8) for i in (0, 1)]
+        for judge in ("reward", "gold"):
+            first, second = (s[judge] for s in samples)
+            rates, moments = (text.partition(x)[2] for x in (f"| WinRate by {judge} |", f"| {judge} | mean |"))
+            rate = re.search(rf"\| {name} against .* \| 1 \| ([\d.]+) \|", rates)[1]
+            assert float(rate) == pytest.approx(wins(first, opponent[judge]), abs=6e-4)
+            mean, variance = re.search(rf"\| {name} \| (\S+) \| (\S+) \|", moments).groups()
+            assert float(mean) == pytest.approx((first + second).mean().item() / 2, abs=6e-4)
+            assert float(variance) == pytest.approx((first - second).square().mean().item() / 2, abs=6e-4)
+
+
+# ------------------------------------------------------------------------------------------------ runs of before 0.2
+
+
+OLD_RL = """weights data reward out seed epochs prompts samples steps eta train_steps updates lr weight_decay grad_clip
+ clip_range trust kl_weight guard ema micro_batch eval_every eval_prompts win_prompts held_out device threads"""
+OLD_RPO = {
+    "weights": "", "subject": 1, "references": "", "class_name": "", "live": False, "prompts": "", "out": "runs/rpo",
+    "seed": 0, "train_prompts": 8, "images": 4, "lam_train": 0.5, "label_temperature": 1.0, "soft_labels": True,
+    "reference_prompt": "modified", "share_noise": False, "mode": "rpo", "beta": 1.0, "steps": 40, "batch": 4,
+    "lr": 0.0005, "weight_decay": 0.01, "grad_clip": 1.0, "lam_val": 0.5, "mean": "harmonic", "val_prompts": 2,
+    "val_images": 2, "val_every": 20, "patience": 4, "sample_steps": 3, "guidance": 2.0, "eta": 0.5,
+    "test_prompts": 4, "test_images": 1, "image_encoder": "", "device": "cpu", "threads": 1,
+}  # fmt: skip
+
+
+def written(path, new):
+    """Every picture that `sample` writes for a run, by its name."""
+    prompt = ["--prompt", "a [V] square on a red background"] if "rpo" in new.name else []
+    sample.main(["--run", str(new), "--count", "2", "--out", str(path / "x.png"), *prompt])
+    pictures = {p.name: p.read_bytes() for p in [path / "x.png", *(path / "x").iterdir()]}
+    assert len(pictures) == 5
+    return pictures
+
+
+def test_a_run_of_train_rl_from_before_0_2_opens_as_it_did(run, tmp_path):
+    """Its config.json knows neither script nor preset, and calls two things otherwise; pictures and report are those
+    of the same run with today's names."""
+    new, old = tmp_path / "rl", tmp_path / "rl_old"
+    for folder in (new, old):
+        shutil.copytree(run[0], folder)
+    names = {"sampling_steps": "steps", "updates_per_epoch": "updates"}
+    config = json.loads((new / "config.json").read_text())
+    config = {names.get(k, k): v for k, v in config.items() if k not in ("script", "versions", "preset")}
+    assert sorted(config) == sorted(OLD_RL.split()) and config["steps"] == 3
+    (old / "config.json").write_text(json.dumps(config))
+    assert written(tmp_path, old) == written(tmp_path, new)
+    reports = []
+    for folder in (new, old):
+        evaluate.main(["--run", str(folder), "--prompts", "8", "--best-of", "1"])
+        text = (folder / "evaluation.md").read_text(encoding="utf-8").replace(str(folder), "")
+        reports.append((text, (folder / "evaluation.png").read_bytes()))
+    assert reports[0] == reports[1] and "3 steps" in reports[0][0]
+
+
+def test_a_run_of_train_rpo_from_before_0_2_opens_as_it_did(tmp_path, capsys):
+    """As it stood on the disk: `steps` were its updates, `sample_steps` those of the pictures; best.pt counts."""
+    pipe, pictures = Pipeline.load(None), {}
+    meta = {"schedule": asdict(pipe.schedule.config), "base": pipe.fingerprint, "step": 40}
+    names = {"steps": "updates", "sample_steps": "sampling_steps", "prompts": "prompt_file", "batch": "batch_size"}
+    today = {names.get(k, k): v for k, v in OLD_RPO.items()} | {"preset": "small", "script": "train_rpo.py"}
+    aligned = deepcopy(pipe.unet)
+    with torch.no_grad():
+        aligned.conv_out.bias += 0.1
+    for name, config in (("rpo_old", OLD_RPO), ("rpo", today)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        for file, unet in (("last", pipe.unet), ("best", aligned)):
+            checkpoint.save(folder / f"{file}.pt", "unet", unet.config, unet.state_dict(), meta=meta)
+        pictures[name] = written(tmp_path, folder)
+    assert pictures["rpo_old"] == pictures["rpo"]
+    prompts = text_prompts(["a [V] square on a red background"] * 2)
+    made = pipe.complete(aligned, prompts, Sampling(3, 0.5, 2.0), seed=0, stream=0)
+    for i, x in enumerate(made):
+        assert torch.allclose(read_image(tmp_path / "x" / f"aligned_{i:02d}.png", None), x.clamp(0, 1), atol=0.003)
+    stops_with(lambda: evaluate.main(["--run", str(tmp_path / "rpo_old")]), "no run of train_rl.py, it lacks", capsys)
+
+
+@pytest.mark.parametrize("command", [sample.main, evaluate.main])
+def test_an_old_flag_is_answered_by_its_new_name(command, capsys):
+    stops_with(lambda: command(["--steps", "2"]), "--steps: now --sampling-steps", capsys)
+
+
+def test_a_run_is_read_from_other_folders_than_it_was_started_in(tmp_path, monkeypatch, capsys):
+    """The reward model that it names by a relative path is found again."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "mine").mkdir()
+    (tmp_path / "here" / "mine" / "reward.pt").write_bytes((SHIPPED / "reward.pt").read_bytes())
+    (tmp_path / "here" / "mymodel.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "here"))
+    train(tmp_path / "run", monkeypatch, epochs=1, reward="0.5*model:mine+0.5*mymodel:red")
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["reward"]
+    assert kept == f"0.5*model:{tmp_path / 'here' / 'mine'}+0.5*mymodel:red"  # a module is no path
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["--run", str(tmp_path / "run"), "--prompts", "8", "--best-of", "1", "--sampling-steps", "2"])
+    assert re.search(r"WinRate \d\.\d+ by it, \d\.\d+ by gold.*WinRate", capsys.readouterr().out, re.S)
 
 
 def test_a_run_is_only_compared_with_the_base_model_that_it_came_from(run, tmp_path, capsys):
@@ -169,27 +325,24 @@ def test_image_and_mask_of_different_sizes_are_one_line(run, tmp_path, capsys):
 def test_the_shipped_weights_fit_their_limit_and_fill_holes_plausibly():
     """A filled hole is nearer to the true scene than grey is, on 32 held-out prompts; the reward model ranks clean
     fills above sloppy ones of the same prompt."""
-    from minipref.data.scenes import HELD_OUT_WORLD, sloppy, world
-    from minipref.pipeline import learned_reward
-
     assert sum(p.stat().st_size for p in SHIPPED.iterdir()) < 6e6
-    pipe, prompts = Pipeline.load(None), scene_prompts(world(HELD_OUT_WORLD, 5), 0, 32)
-    made = pipe.complete(pipe.unet, prompts, Sampling(6), seed=0, epoch=0)
+    pipe, prompts = Pipeline.load(None), scene_prompts(HELD_OUT + 5, 0, 32)
+    made = pipe.complete(pipe.unet, prompts, Sampling(6), seed=0, stream=0)
     hole = prompts.masks
 
     def error(x):
         return ((x - prompts.images).abs() * hole).sum() / hole.sum()
 
     assert error(made) < 0.6 * error(prompts.masked)
-    model = learned_reward(None)
+    model = LearnedReward.load(SHIPPED / "reward.pt")
     clean, spoilt = (model(x, prompts).value for x in (prompts.images, prompts.paste_known(sloppy(prompts.images))))
     assert (clean > spoilt).float().mean() > 0.9
 
 
 def test_completions_do_not_depend_on_how_the_batch_is_split():
     pipe, prompts = Pipeline.load(None), scene_prompts(8, 0, 6)
-    whole = pipe.complete(pipe.unet, prompts, Sampling(3), seed=1, epoch=2)
-    parts = pipe.complete(pipe.unet, prompts, Sampling(3), seed=1, epoch=2, batch=4)
+    whole = pipe.complete(pipe.unet, prompts, Sampling(3), seed=1, stream=2)
+    parts = pipe.complete(pipe.unet, prompts, Sampling(3), seed=1, stream=2, batch_size=4)
     assert torch.allclose(whole, parts, atol=1e-4)
-    late = pipe.complete(pipe.unet, prompts.select([4, 5]), Sampling(3), seed=1, epoch=2, first=4)
+    late = pipe.complete(pipe.unet, prompts.select([4, 5]), Sampling(3), seed=1, stream=2, first=4)
     assert torch.allclose(whole[4:], late, atol=1e-4)

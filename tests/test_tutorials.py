@@ -10,9 +10,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import run as T
 import torch
-
-from minipref import tutorial as T
 
 FILES = sorted(T.FOLDER.glob("[0-9]*_*.md"))
 EQUATIONS = T.FOLDER / "EQUATIONS.md"
@@ -60,9 +59,10 @@ def anchors(path):
     return [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
 
 
-@pytest.mark.parametrize(
-    "path", [*FILES, T.FOLDER.parent / "README.md", T.FOLDER / "LOG.md", EQUATIONS], ids=lambda p: p.name
-)
+LINKING = [T.FOLDER.parent / "README.md", *FILES, *(T.FOLDER / f"{k}.md" for k in ("LOG", "RESULTS", "REFERENCE"))]
+
+
+@pytest.mark.parametrize("path", [*LINKING, EQUATIONS], ids=lambda p: p.name)
 def test_every_link_leads_somewhere(path):
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)  # code has brackets too
     for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
@@ -98,7 +98,7 @@ def test_a_tutorial_has_its_parts(number):
     text = T.find(number).read_text(encoding="utf-8")
     for heading in ("## What the paper says", "## What did not work"):
         assert heading in text
-    assert f"python -m minipref tutorial {number}" in text and "```math" in text
+    assert f"python tutorials/run.py {number}" in text and "```math" in text
 
 
 def test_errors_name_the_line_of_the_markdown_file(tmp_path):
@@ -143,12 +143,15 @@ def test_what_is_wrong_with_an_answer_is_said_with_file_and_line(tmp_path, monke
     T.main(argv)
 
 
-TINY = "--epochs 1 --prompts 2 --samples 2 --steps 3 --train-steps 2 --eval-every 1 --eval-prompts 8 --win-prompts 8"
+TINY = (
+    "--small --epochs 1 --prompts 2 --samples 2 --sampling-steps 3 --train-steps 2"
+    " --eval-every 1 --eval-prompts 8 --win-prompts 8"
+)
 
 
 def train_rl(module, tmp_path, *more):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", "--small", "--out", str(tmp_path / "run"), *TINY.split(), *more])
+        patch.setattr(sys, "argv", ["train.py", *TINY.split(), "--out", str(tmp_path / "run"), *more])
         module.main()
     return json.loads((tmp_path / "run" / "summary.json").read_text())
 

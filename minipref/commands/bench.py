@@ -33,13 +33,18 @@ from ..runs import RENAMED
 from ..runtime.config import opt, parse
 from ..toy.world import scene_prompts
 from .bench_kernels import kernel_table
+from .bench_lean import epoch_table
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     device: str = opt("cpu", "cpu, cuda or mps")
     out: str = opt("", "Markdown file to write; empty: print only")
-    part: str = opt("all", "kernels, loop or all", choices=("kernels", "loop", "all"))
+    part: str = opt(
+        "all",
+        "kernels, loop, all (both), or epoch: train_rl.py against a lean loop on diffusers' UNet",
+        choices=("kernels", "loop", "epoch", "all"),
+    )
     size: str = opt(
         "small", "UNet of the loop: small, or sd (Stable Diffusion 1.5, random weights)", choices=("small", "sd")
     )
@@ -250,20 +255,22 @@ def machine(device: torch.device) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(BenchConfig, argv, prog="minipref bench", description=__doc__ or "", renamed=RENAMED["bench"])
+    cfg = parse(BenchConfig, argv, prog="python -m minipref bench", description=__doc__ or "", renamed=RENAMED["bench"])
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device = pick_device(cfg.device)
     command = shlex.join(argv if argv is not None else sys.argv[2:])
     text = [f"`python -m minipref bench {command}`  ", machine(device), ""]
-    if cfg.part != "loop":
+    if cfg.part in ("kernels", "all"):
         fits = device.type == "cuda" and common.triton is not None
         table = kernel_table(device) if fits else "No CUDA device with Triton: kernels are not timed."
         text += ["## Kernels", "", table, ""]
-    if cfg.part != "kernels":
+    if cfg.part in ("loop", "all"):
         text += ["## The loop", "", loop_table(cfg, device), ""]
         if cfg.size == "small":
             text += [rival_line(cfg, device), ""]
+    if cfg.part == "epoch":
+        text += ["## An epoch", "", epoch_table(cfg.rounds, cfg.threads), ""]
     print("\n".join(text))
     if cfg.out:
         Path(cfg.out).write_text("\n".join(text), encoding="utf-8")

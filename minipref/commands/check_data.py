@@ -87,7 +87,7 @@ def holds_ratings(path: Path) -> bool:
 def main(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-"):
         argv = ["--path", *argv]
-    cfg = parse(CheckConfig, argv, prog="minipref check-data", description=__doc__ or "")
+    cfg = parse(CheckConfig, argv, prog="python -m minipref check-data", description=__doc__ or "")
     if not cfg.path:
         raise ValueError("check-data: name a folder of pictures or of ratings")
     torch.set_num_threads(1)

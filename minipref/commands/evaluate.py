@@ -30,16 +30,14 @@ from ..toy.world import CAPTION_SHARE, describe, prompt_source, scenes
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    run: str = opt("", "run folder of train_rl.py; empty: the base model's text-to-image, by the toy's true measure")
+    run: str = opt("", "run folder of train_rl.py; empty: how many captions the base model's text-to-image obeys")
     weights: str = opt("", "without --run: folder with unet.pt and clip.pt; empty: the shipped small ones")
-    checkpoint: str = opt(
-        "", "last, best, or empty: the weights that the run was judged by", choices=("", "last", "best")
-    )
-    prompts: int = opt(512, "held-out prompts, beyond those of the run's curves; captions of text-to-image", lo=8)
+    checkpoint: str = opt("", "last, best, or empty: those of the run's final comparison", choices=("", "last", "best"))
+    prompts: int = opt(512, "with --run: held-out prompts beyond those of its curves; without: captions", lo=8)
     guidance: float = opt(5.0, "without --run: classifier-free guidance scale of text-to-image", lo=0)
     best_of: int = opt(10, "with --run: S, the most samples a prompt", lo=1, hi=1000)
-    sampling_steps: int = opt(0, "DDIM steps; 0: those of the run, 50 of text-to-image", lo=0, hi=1000)
-    seed: int = opt(-1, "seed of the noise; -1: the run's, 0 of text-to-image", lo=-1)
+    sampling_steps: int = opt(0, "DDIM steps; 0: those of the run, or 50", lo=0, hi=1000)
+    seed: int = opt(-1, "seed of the noise; -1: the run's, or 0", lo=-1)
     device: str = opt("cpu", "cpu, cuda or mps")
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
@@ -139,7 +137,9 @@ def run_report(cfg: EvaluateConfig) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(EvaluateConfig, argv, prog="minipref evaluate", description=__doc__ or "", renamed=RENAMED["evaluate"])
+    cfg = parse(
+        EvaluateConfig, argv, prog="python -m minipref evaluate", description=__doc__ or "", renamed=RENAMED["evaluate"]
+    )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.run and cfg.weights:

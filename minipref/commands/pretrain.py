@@ -83,8 +83,8 @@ def elsewhere(rng: np.random.Generator, scene: S.Scene) -> S.Scene:
     thing, other = scene.things[0], scene
     while other is scene or other.background in (thing.colour, thing.second):
         other = S.random_scene(rng, S.COLOURS, S.SECOND_OBJECT_SHARE, CLIP_PLAIN_SHARE)
-    kept = {k: getattr(thing, k) for k in ("shape", "colour", "pattern", "second")}
-    return replace(other, things=(replace(other.things[0], **kept), *other.things[1:]))
+    attributes = {k: getattr(thing, k) for k in ("shape", "colour", "pattern", "second")}
+    return replace(other, things=(replace(other.things[0], **attributes), *other.things[1:]))
 
 
 def clip_batch(rng: np.random.Generator, count: int, hard_share: float = 0.5) -> tuple[Tensor, list[str], Tensor]:
@@ -267,7 +267,7 @@ def train_unet(cfg: PretrainConfig, out: Path, command: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(PretrainConfig, argv, prog="minipref pretrain", description=__doc__ or "", presets=PRESETS)
+    cfg = parse(PretrainConfig, argv, prog="python -m minipref pretrain", description=__doc__ or "", presets=PRESETS)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     pick_device(cfg.device)

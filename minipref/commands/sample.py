@@ -28,9 +28,7 @@ from ..toy.world import prompt_source
 class SampleConfig:
     run: str = opt("", "run folder of train_rl.py or train_rpo.py; empty: the base model alone")
     weights: str = opt("", "without --run: folder with unet.pt and clip.pt; empty: the shipped small ones")
-    checkpoint: str = opt(
-        "", "last, best, or empty: the weights that the run was judged by", choices=("", "last", "best")
-    )
+    checkpoint: str = opt("", "last, best, or empty: those of the run's final comparison", choices=("", "last", "best"))
     image: str = opt("", "a picture to complete; empty: held-out prompts of the run")
     mask: str = opt("", "its mask: equally large, white = hole")
     prompt: str = opt("", "text condition; inpainting works without")
@@ -77,7 +75,9 @@ def check_subject(cfg: SampleConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(SampleConfig, argv, prog="minipref sample", description=__doc__ or "", renamed=RENAMED["sample"])
+    cfg = parse(
+        SampleConfig, argv, prog="python -m minipref sample", description=__doc__ or "", renamed=RENAMED["sample"]
+    )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     out = Path(cfg.out or Path(cfg.run) / "sample.png")

@@ -74,6 +74,8 @@ def warp(rng: Rng, size: int) -> np.ndarray:
     return mask
 
 
+# Who draws which: OUTPAINTING below (prompts of RL and of ratings), pretrain's `mask_shares`, `sample`. On disk a kind
+# may be left out; rating_files.mask_kind then guesses it from the outline.
 KINDS: dict[str, Callable[[Rng, int], np.ndarray]] = {
     "square": visible_square,
     "strip": visible_strip,

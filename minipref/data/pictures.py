@@ -74,8 +74,8 @@ def read_folder(folder: str | Path, size: int) -> tuple[Tensor, list[Path], list
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of pictures")
     images, files, skipped = [], [], []
-    known = SUFFIXES | OTHERS
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and not p.is_dir()):
+    suffixes = SUFFIXES | OTHERS
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.is_dir()):
         if path.suffix.lower() in OTHERS:
             skipped.append(f"{path}: is not read; convert it to one of {', '.join(sorted(SUFFIXES))}")
             continue

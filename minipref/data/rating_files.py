@@ -129,8 +129,8 @@ def _jsonl_row(line: str, where: str, root: Path, low: float, high: float) -> Ro
     missing = [k for k in ("image", "masked", "prompt_id", "scores") if row.get(k) is None]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
-    said = row["scores"] if isinstance(row["scores"], list) else [row["scores"]]
-    if not said:
+    ratings = row["scores"] if isinstance(row["scores"], list) else [row["scores"]]
+    if not ratings:
         raise ValueError("has no scores")
     scene = row.get("scene")
     numbers = isinstance(scene, list) and len(scene) == 2 and all(type(v) is int and v >= 0 for v in scene)
@@ -144,7 +144,7 @@ def _jsonl_row(line: str, where: str, root: Path, low: float, high: float) -> Ro
         root / str(row["masked"]),
         root / str(row["mask"]) if row.get("mask") else None,
         str(row["prompt_id"]),
-        tuple(_label(s, low, high) for s in said),
+        tuple(_label(s, low, high) for s in ratings),
         str(row.get("kind", "")),
         str(row.get("source", "")),
         str(row.get("origin", "completion")),
@@ -225,7 +225,7 @@ def scan(path: str | Path, low: float = LOWEST, high: float = HIGHEST) -> tuple[
                         rows.append(_jsonl_row(line, f"{file}:{i}", root, low, high))
                 except ValueError as e:
                     problems.append(f"{file}:{i}: {e}")
-    kept, first = [], dict[Path, str]()
+    usable, first = [], dict[Path, str]()
     for row in rows:
         if row.image in first:
             problems.append(f"{row.where}: {row.image.name} was rated before, at {first[row.image]}")
@@ -235,14 +235,14 @@ def scan(path: str | Path, low: float = LOWEST, high: float = HIGHEST) -> tuple[
         if lacking:
             problems.append(f"{row.where}: {lacking[0]} is missing")
             continue
-        kept.append(row)
-    return kept, problems
+        usable.append(row)
+    return usable, problems
 
 
 def mask_kind(mask: Tensor) -> str:
     """What kind of hole a mask (1, H, W) has, by its outline: square, strip, rectangle, full, or warp for any other."""
-    known = mask[0] < 0.5
-    if not known.any():
+    visible = mask[0] < 0.5
+    if not visible.any():
         return "full"
 
     def fills_its_box(where: Tensor) -> tuple[bool, int]:
@@ -250,26 +250,26 @@ def mask_kind(mask: Tensor) -> str:
         height, width = int(y.max() - y.min()) + 1, int(x.max() - x.min()) + 1
         return height * width == len(y), height
 
-    box, height = fills_its_box(known)
+    box, height = fills_its_box(visible)
     if box:
         return "strip" if height == mask.shape[-2] else "square"
-    return "rectangle" if fills_its_box(~known)[0] else "warp"
+    return "rectangle" if fills_its_box(~visible)[0] else "warp"
 
 
 def _pictures(row: Row, size: int, read: Callable) -> tuple[Tensor, Tensor, Tensor | None]:
     """Completion and masked picture (3, size, size), and the hole (1, size, size) where a mask was named."""
-    image, shown = read_image(row.image, size), read(row.masked, size)
+    image, masked = read_image(row.image, size), read(row.masked, size)
     files = [p for p in (row.image, row.masked, row.mask) if p is not None]
     sizes = {Image.open(p).size for p in files}
     if len(sizes) > 1:
         raise ValueError(f"picture, masked picture and mask differ in size: {', '.join(map(str, sorted(sizes)))}")
     if row.mask is None:
-        return image, shown, None
+        return image, masked, None
     hole = read_mask(row.mask, sizes.pop()[::-1], size)
-    known = (hole < 0.5).expand_as(image)
-    if known.any() and float((image - shown)[known].abs().mean()) > STRANGE:
+    visible = (hole < 0.5).expand_as(image)
+    if visible.any() and float((image - masked)[visible].abs().mean()) > STRANGE:
         raise ValueError(f"{row.image.name} differs from {row.masked.name} where nothing was to be painted")
-    return image, shown, hole
+    return image, masked, hole
 
 
 def _prompt_numbers(rows: list[Row], pictures: list[Tensor], masks: list[Tensor]) -> Tensor:
@@ -277,13 +277,13 @@ def _prompt_numbers(rows: list[Row], pictures: list[Tensor], masks: list[Tensor]
     carelessly must not carry a picture from one split into another."""
     home: dict[object, int] = {}
     number: list[int] = []
-    for row, shown, mask in zip(rows, pictures, masks):
+    for row, masked, mask in zip(rows, pictures, masks):
         keys: tuple[object, ...] = (row.prompt_id,)
         if mask.min() < 0.5:  # where all is hole, all masked pictures are alike
-            keys += (hashlib.sha256(shown.numpy().tobytes()).digest(),)
-        known = [home[k] for k in keys if k in home]
-        n = min(known, default=len(number))  # larger than any that was given
-        for other in set(known) - {n}:  # two prompts turn out to be one
+            keys += (hashlib.sha256(masked.numpy().tobytes()).digest(),)
+        earlier = [home[k] for k in keys if k in home]
+        n = min(earlier, default=len(number))  # larger than any that was given
+        for other in set(earlier) - {n}:  # two prompts turn out to be one
             number = [n if m == other else m for m in number]
             home = {k: n if m == other else m for k, m in home.items()}
         home |= dict.fromkeys(keys, n)
@@ -305,45 +305,45 @@ def load(
     unions: dict[Path, Tensor] = {}  # where no mask is named: what any completion changed
     for row in rows:
         try:
-            image, shown, hole = _pictures(row, size, read_once)
+            image, grey, hole = _pictures(row, size, read_once)
         except (ValueError, OSError) as e:
             problems.append(f"{row.where}: {e}")
             continue
         if hole is None:
-            changed = ((shown - image).abs().amax(0, keepdim=True) > 0.05).float()
+            changed = ((grey - image).abs().amax(0, keepdim=True) > 0.05).float()
             unions[row.masked] = torch.maximum(unions.get(row.masked, changed), changed)
-        read.append((row, image, shown, hole))
+        read.append((row, image, grey, hole))
     checked: dict[tuple[int, int] | None, Any] = {None: None}
-    kept: list[Row] = []
+    usable: list[Row] = []
     images, masked, masks, truths = list[Tensor](), list[Tensor](), list[Tensor](), list[Any]()
-    for row, image, shown, named in read:
+    for row, image, grey, named in read:
         hole = unions[row.masked] if named is None else named
         try:
             if not hole.any():
                 raise ValueError(f"{row.masked} shows no hole")
             if row.scene not in checked:
-                checked[row.scene] = truth(row.scene, shown, hole) if truth and row.scene else None
+                checked[row.scene] = truth(row.scene, grey, hole) if truth and row.scene else None
             truths.append(checked[row.scene])
         except ValueError as e:
             problems.append(f"{row.where}: {e}")
             continue
-        kept.append(row)
+        usable.append(row)
         images.append(image)
-        masked.append(shown)
+        masked.append(grey)
         masks.append(hole)
-    if not kept:
+    if not usable:
         first = f"; the first of {len(problems)} problems: {problems[0]}" if problems else ""
         raise ValueError(f"{path}: no usable rating{first}")
-    raters = torch.full((len(kept), max(len(r.labels) for r in kept)), math.nan, dtype=torch.float64)
-    for line, row in zip(raters, kept):
+    raters = torch.full((len(usable), max(len(r.labels) for r in usable)), math.nan, dtype=torch.float64)
+    for line, row in zip(raters, usable):
         line[: len(row.labels)] = torch.tensor(row.labels, dtype=torch.float64)
     prompts = Prompts(
         torch.stack(masked),
         torch.stack(masks),
-        [""] * len(kept),
-        [r.kind or mask_kind(m) for r, m in zip(kept, masks)],
+        [""] * len(usable),
+        [r.kind or mask_kind(m) for r, m in zip(usable, masks)],
         None if None in truths else truths,
     )
-    widened = torch.tensor([r.origin == "widened" for r in kept])
-    groups = _prompt_numbers(kept, list(prompts.masked), masks)
-    return Ratings(prompts, torch.stack(images), raters, groups, [r.source for r in kept], widened), problems
+    widened = torch.tensor([r.origin == "widened" for r in usable])
+    groups = _prompt_numbers(usable, list(prompts.masked), masks)
+    return Ratings(prompts, torch.stack(images), raters, groups, [r.source for r in usable], widened), problems

@@ -81,10 +81,10 @@ def dreambench_prompts(path: Path, live: bool) -> list[str]:
     wanted = "Live Subject" if live else "Object"
     if wanted not in parts:
         raise ValueError(f"{path}: holds no section {wanted} Prompts")
-    found = re.findall(r"^'(.*)'\.format", parts[parts.index(wanted) + 1], re.M)
-    if not found:
+    formats = re.findall(r"^'(.*)'\.format", parts[parts.index(wanted) + 1], re.M)
+    if not formats:
         raise ValueError(f"{path}: its section {wanted} Prompts lists no prompt")
-    prompts = [p.replace("{0} {1}", "{}") for p in found]
+    prompts = [p.replace("{0} {1}", "{}") for p in formats]
     for p in prompts:
         if re.sub(r"[^{}]", "", p) != "{}":
             raise ValueError(f"{path}: the prompt {p!r} should hold '{{0}} {{1}}', token and class, once")
@@ -93,8 +93,8 @@ def dreambench_prompts(path: Path, live: bool) -> list[str]:
 
 def dreambench_class(path: Path, name: str) -> str:
     """The class that prompts_and_classes.txt gives a subject's folder, "" where it does not list it."""
-    found = re.search(rf"^{re.escape(name)},(.+)$", _read(path), re.M)
-    return found[1].strip() if found else ""
+    match = re.search(rf"^{re.escape(name)},(.+)$", _read(path), re.M)
+    return match[1].strip() if match else ""
 
 
 def _read(path: Path) -> str:
@@ -117,8 +117,8 @@ def photo_subject(folder: str | Path, class_name: str, size: int) -> tuple[Subje
     images, files, skipped = read_folder(folder, size)
     if {f.parent for f in files} != {folder}:
         raise ValueError(f"--references {folder}: holds pictures in sub-folders; name the folder of one subject")
-    known = classes_file(folder)
-    class_name = class_name.strip() or (dreambench_class(known, folder.resolve().name) if known else "")
+    listing = classes_file(folder)
+    class_name = class_name.strip() or (dreambench_class(listing, folder.resolve().name) if listing else "")
     if SUBJECT in class_name or not re.search(r"\w", class_name.replace("_", "")):
         class_name = ""
     if not class_name:
@@ -134,32 +134,32 @@ def photo_subject(folder: str | Path, class_name: str, size: int) -> tuple[Subje
 def photo_prompts(subject: Subject, folder: str | Path, live: bool) -> list[list[SubjectPrompt]]:
     """Training, validation and test prompts of a photographed subject; the test prompts are DreamBench's where its file
     lies beside the folder, else others of ours. Cats and dogs of DreamBench live without being told to."""
-    known = classes_file(Path(folder))
+    listing = classes_file(Path(folder))
     name = f"{SUBJECT} {subject.class_name}"
-    live = live or (known is not None and dreambench_class(known, subject.name) in LIVE)
+    live = live or (listing is not None and dreambench_class(listing, subject.name) in LIVE)
     training = TRAINING_LIVE if live else TRAINING
-    test = dreambench_prompts(known, live) if known else OWN_TEST
+    test = dreambench_prompts(listing, live) if listing else OWN_TEST
     return [[SubjectPrompt(p.format(name)) for p in prompts] for prompts in (training, VALIDATION, test)]
 
 
 def own_prompts(path: str | Path, counts: tuple[int, int, int]) -> list[list[SubjectPrompt]]:
     """Prompts of a text file, one a line: the first train, the next validate, the next test, as many as `counts`."""
-    kept = [line.strip() for line in _read(Path(path)).splitlines() if line.strip()]
-    words = [re.findall(r"\w+", line.replace(SUBJECT, " ").lower()) for line in kept]
-    for line, rest in zip(kept, words):
+    lines = [line.strip() for line in _read(Path(path)).splitlines() if line.strip()]
+    words = [re.findall(r"\w+", line.replace(SUBJECT, " ").lower()) for line in lines]
+    for line, rest in zip(lines, words):
         if SUBJECT not in line:
             raise ValueError(f"--prompt-file {path}: {line!r} lacks {SUBJECT}, the name of the subject")
         if not rest:
             raise ValueError(f"--prompt-file {path}: {line!r} says nothing beside {SUBJECT}")
     starts = 0, counts[0], counts[0] + counts[1]
-    if twice := [p for i, p in enumerate(kept) if words[i] in words[:i]]:
+    if twice := [p for i, p in enumerate(lines) if words[i] in words[:i]]:
         raise ValueError(f"--prompt-file {path}: {twice[0]!r} stands there twice; a prompt serves for one purpose")
-    if len(kept) <= starts[2]:
+    if len(lines) <= starts[2]:
         raise ValueError(
-            f"--prompt-file {path}: {len(kept)} prompts; {counts[0]} train, {counts[1]} validate, the next test"
+            f"--prompt-file {path}: {len(lines)} prompts; {counts[0]} train, {counts[1]} validate, the next test"
         )
     ends = starts[1], starts[2], starts[2] + counts[2]
-    return [[SubjectPrompt(p) for p in kept[a:b]] for a, b in zip(starts, ends)]
+    return [[SubjectPrompt(p) for p in lines[a:b]] for a, b in zip(starts, ends)]
 
 
 def load_prompts(

@@ -185,19 +185,12 @@ class CLIP(nn.Module):
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As published files have it: `position_ids` (a constant in old files) is ignored."""
-        kept = {k: v for k, v in state_dict.items() if not k.endswith("position_ids")}
-        return super().load_state_dict(kept, strict, assign)
+        state = {k: v for k, v in state_dict.items() if not k.endswith("position_ids")}
+        return super().load_state_dict(state, strict, assign)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> unit vectors (B, P); resized (bicubic) where they have another size."""
-        c = self.config
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"CLIP.encode_image: images are {tuple(images.shape)}, expected (B, 3, H, W)")
-        size = (c.image_size, c.image_size)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (images.new_tensor(v)[:, None, None] for v in (c.image_mean, c.image_std))
-        return F.normalize(self.visual_projection(self.vision_model((images - mean) / std)[1]), dim=-1)
+        """images (B, 3, H, W) in [0, 1] -> unit vectors (B, P)."""
+        return F.normalize(self.visual_projection(self.vision_model(pixel_values(images, self.config))[1]), dim=-1)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """token ids (B, L) -> unit vectors (B, P)."""
@@ -212,6 +205,18 @@ class CLIP(nn.Module):
         c = self.config
         above = tuple(f"encoder.layers.{c.text_layers - 1 - i}." for i in range(c.context_skip))
         return {k: v for k, v in self.text_model.state_dict().items() if not k.startswith(above)}
+
+
+def pixel_values(images: Tensor, config: CLIPConfig) -> Tensor:
+    """What the vision tower reads: images (B, 3, H, W) in [0, 1], resized (bicubic) where they are not of the tower's
+    size, and normalised -> (B, 3, S, S)."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"CLIP: images are {tuple(images.shape)}, expected (B, 3, H, W)")
+    size = (config.image_size, config.image_size)
+    if images.shape[-2:] != size:
+        images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (images.new_tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
+    return (images - mean) / std
 
 
 def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .clip import CLIP, CLIPConfig, VisionTower
+from .clip import CLIP, CLIPConfig, VisionTower, pixel_values
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class ClipFeatures(nn.Module):
     def __init__(self, config: ClipFeatureConfig):
         super().__init__()
         self.config = config
-        known = {f.name for f in fields(CLIPConfig)}
+        names = {f.name for f in fields(CLIPConfig)}
         values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in config.clip.items() if k in known
+            k: tuple(v) if isinstance(v, list) else v for k, v in config.clip.items() if k in names
         }
         self.clip_config = c = CLIPConfig(**values)
         P = c.projection_dim
@@ -112,12 +112,7 @@ class ClipFeatures(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> CLIP's image embedding before it is brought to unit length, (B, P)."""
-        c = self.clip_config
-        size = (c.image_size, c.image_size)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (images.new_tensor(v)[:, None, None] for v in (c.image_mean, c.image_std))
-        return self.visual_projection(self.vision_model((images - mean) / std)[1])
+        return self.visual_projection(self.vision_model(pixel_values(images, self.clip_config))[1])
 
     def forward(self, images: Tensor, masked: Tensor, masks: Tensor) -> Tensor:
         """images, masked (B, 3, H, W) in [0, 1], masks (B, 1, H, W) -> (B, d)."""

@@ -27,8 +27,8 @@ class WordTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """-> `max_length` ids; what does not fit is left out."""
-        found = [t if t.startswith("[") else t.lower() for t in _TOKEN.findall(text)]
-        ids = [self.index.get(t, UNK) for t in found][: self.max_length - 2]
+        tokens = [t if t.startswith("[") else t.lower() for t in _TOKEN.findall(text)]
+        ids = [self.index.get(t, UNK) for t in tokens][: self.max_length - 2]
         return [BOS, *ids, EOS] + [PAD] * (self.max_length - 2 - len(ids))
 
     def left_out(self, text: str) -> list[str]:

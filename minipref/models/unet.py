@@ -45,9 +45,9 @@ class UNetConfig:
     def __post_init__(self):
         levels = len(self.block_out_channels)
         if not (len(self.down_block_types) == len(self.up_block_types) == levels):
+            down, up = len(self.down_block_types), len(self.up_block_types)
             raise ValueError(
-                f"UNetConfig: block_out_channels has {levels} levels, down_block_types {len(self.down_block_types)}, "
-                f"up_block_types {len(self.up_block_types)}; the three must be equally long"
+                f"UNetConfig: {levels} block_out_channels, {down} down and {up} up blocks; expected as many"
             )
         unknown = set(self.down_block_types) - {"DownBlock2D", "CrossAttnDownBlock2D"}
         unknown |= set(self.up_block_types) - {"UpBlock2D", "CrossAttnUpBlock2D"}
@@ -138,12 +138,13 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
+        source = x if context is None else context
+        source = source[:1] if source.stride(0) == 0 else source  # one text for all: its keys and values once
         q, k, v = (
-            proj(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or L, C/heads)
-            for proj, source in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+            proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B or 1, heads, N or L, C/heads)
+            for proj, y in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
         )
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, *(y.expand(len(x), -1, -1, -1) for y in (k, v)))
         return self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, N, C)
 
 

@@ -42,11 +42,11 @@ def save(
 ) -> None:
     """Writes one model. `config` is a dataclass or a dictionary; `dtype` converts fp32 tensors (others are kept)."""
     config = dict(config) if isinstance(config, dict) else dataclasses.asdict(config)
-    kept = {
+    tensors = {
         k: v.detach().cpu().to(dtype if dtype and v.dtype == torch.float32 else v.dtype).contiguous().clone()
         for k, v in state.items()
     }
-    content = {"kind": kind, "config": config, "state": kept, "meta": meta or {}}
+    content = {"kind": kind, "config": config, "state": tensors, "meta": meta or {}}
     try:
         atomic_write(path, lambda p: torch.save(content, p))
     except RuntimeError as e:  # how torch reports a full disk

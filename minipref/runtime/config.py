@@ -67,7 +67,8 @@ def parse(
     today's; an old flag is answered by it.
     """
     presets = presets or {}
-    parser = _OneLineParser(prog=prog, description=description, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _OneLineParser(prog=prog, description=description, allow_abbrev=False, formatter_class=raw)
     if presets:
         parser.add_argument("--preset", choices=sorted(presets), help="named set of values; flags override it")
         for name in presets:
@@ -77,11 +78,20 @@ def parse(
         if f.name == "preset":
             continue
         flag, kind = "--" + f.name.replace("_", "-"), _scalar(hints[f.name])
-        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        values = {"default": f.default} | {f"--{k}": v[f.name] for k, v in presets.items() if f.name in v}
+        known = ", ".join(f"{k}: {v}" for k, v in values.items() if v != "")
+        text = f"{f.metadata['help']}{f' ({known})' if known else ''}".replace("%", "%%")
+        choices = [c for c in f.metadata["choices"] or () if c]
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__.upper())
+            parser.add_argument(
+                flag,
+                type=kind,
+                default=argparse.SUPPRESS,
+                help=text,
+                metavar="|".join(choices) or kind.__name__.upper(),
+            )
     own = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for flag in (a.partition("=")[0] for a in (sys.argv[1:] if argv is None else argv)):
         old = flag[2:].replace("-", "_") if flag.startswith("--") else ""

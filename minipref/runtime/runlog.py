@@ -76,8 +76,8 @@ class RunFolder:
 
     def column(self, key: str, x: str = "epoch") -> tuple[list[float], list[float]]:
         """x and y of the rows that carry `key`."""
-        found = [(r[x], r[key]) for r in self.rows if r.get(key) is not None]
-        return [a for a, _ in found], [b for _, b in found]
+        pairs = [(r[x], r[key]) for r in self.rows if r.get(key) is not None]
+        return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 class _Lines:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,13 @@ from torch import Tensor
 
 from ..data import rating_files
 from ..data.prompts import Prompts, prompt_seed
-from ..data.ratings import HIGHEST, LOWEST, WEIGHTS, Ratings
-from .world import RGB, Scene, draw, layout
+from ..data.ratings import HIGHEST, LOWEST, WEIGHTS, Ratings, normalise
+from .world import RGB, Scene, draw, layout, scene_prompts
+
+if TYPE_CHECKING:
+    from ..models.unet import UNet
+    from ..pipeline import Pipeline, Sampling
+    from ..reward_model import LearnedReward
 
 WIDENED = 2  # of each prompt's completions
 COLOUR_TOLERANCE = 0.35  # RGB distance at which two colours agree by 1/e
@@ -64,9 +70,9 @@ def _determined(hole: Tensor, things: Tensor) -> Tensor:
     for i in range(1, int(things.max()) + 1):
         body = things == i
         area, seen = body.flatten(1).sum(1), (body & ~hole).flatten(1).sum(1)
-        known = (2 * seen / area.clamp(min=1)).clamp(max=1)[:, None, None]
+        seen_share = (2 * seen / area.clamp(min=1)).clamp(max=1)[:, None, None]
         rim = F.max_pool2d(body.float()[:, None], 3, stride=1, padding=1)[:, 0]
-        determined = torch.maximum(determined, rim * known)
+        determined = torch.maximum(determined, rim * seen_share)
     return determined * hole
 
 
@@ -233,3 +239,22 @@ def rate_completions(
         source=source,
         scenes=[(world, n) for n in numbers],
     )
+
+
+def trust_of_policies(
+    unets: dict[str, UNet], pipe: Pipeline, model: LearnedReward, sampling: Sampling, seed: int
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """On completions of held-out toy prompts by the base model and by each of `unets` (run folder -> policy): gamma of
+    each (N,), and over all of them norms and errors against gold: does the norm tell where the reward is wrong?"""
+    prompts = scene_prompts(prompt_seed("held out", seed), 0, 128, pipe.image_size)
+    short = ["base", *(Path(k).name for k in unets)]  # a name of its own for each, the whole path where need be
+    policies = {"base": pipe.unet} | {n if short.count(n) == 1 else k: unets[k] for n, k in zip(short[1:], unets)}
+    gammas, norms, errors = dict[str, Tensor](), [], []
+    for name, unet in policies.items():
+        images = pipe.complete(unet, prompts, sampling, seed=seed, stream="policies")
+        scores, label = model(images, prompts), gold_reward(images, prompts).double()
+        y = normalise(label, [f"toy/{k}" for k in prompts.kinds], model.calibration.label_norms)
+        gammas[name] = scores.trust if scores.trust is not None else torch.ones(len(images))
+        norms.append(scores.parts["norm"])
+        errors.append((scores.value - y).abs())
+    return gammas, torch.cat(norms), torch.cat(errors)

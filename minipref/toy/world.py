@@ -154,8 +154,8 @@ def prompt_source(purpose: str, seed: int, size: int) -> PromptSource:
 
 def shown_scene(place: tuple[int, int], masked: Tensor, mask: Tensor) -> Scene:
     """The scene (seed, number) that a rating names; ValueError where its known pixels are not the masked picture's."""
-    known = (mask < 0.5).expand_as(masked)
-    if not torch.allclose(draw([scene(*place)])[0][known], masked[known], atol=1 / 255):
+    visible = (mask < 0.5).expand_as(masked)
+    if not torch.allclose(draw([scene(*place)])[0][visible], masked[visible], atol=1 / 255):
         raise ValueError(f"scene {list(place)} is not what its masked picture shows: rated in another toy world")
     return scene(*place)
 
@@ -266,8 +266,8 @@ def _describe(thing: Thing, named) -> tuple[str, Thing]:
     words += [" and ".join(dict.fromkeys(c for c in (first, second) if c))] if first else []
     pattern = thing.pattern if (named() and named() and named() if plain else named()) else ""
     words += [pattern] if pattern else []
-    said = replace(thing, size=size, colour=first, second=second, pattern=pattern)
-    return _article(" ".join(words + [thing.shape])), said
+    described = replace(thing, size=size, colour=first, second=second, pattern=pattern)
+    return _article(" ".join(words + [thing.shape])), described
 
 
 def describe(s: Scene, rng: np.random.Generator | None = None) -> tuple[str, Scene]:
@@ -281,7 +281,7 @@ def describe(s: Scene, rng: np.random.Generator | None = None) -> tuple[str, Sce
     text, background = " and ".join(words for words, _ in parts), s.background if named() else ""
     if background:
         text += f" on {_article(background)} background"
-    return text, Scene(background, tuple(said for _, said in parts))
+    return text, Scene(background, tuple(described for _, described in parts))
 
 
 def caption(s: Scene, rng: np.random.Generator | None = None, quality: str | None = None) -> str:
