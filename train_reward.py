@@ -129,6 +129,8 @@ def main() -> None:
             raise ValueError("--second-round: simulated raters can add to ratings of toy scenes only")
     if cfg.second_round and runs[cfg.second_round][0]["data"]:
         raise ValueError(f"--second-round {cfg.second_round}: was aligned on pictures; the raters know toy scenes only")
+    if not cfg.ratings or names:
+        toy_world.check_size(pipe.image_size)
     run = RunFolder(cfg.out, f"runs/reward-{cfg.preset}", asdict(cfg), SCRIPT)
 
     # 1. Rate: yours, or completions of the base model, rated and written to disk, then read back like yours.

@@ -14,6 +14,7 @@ import importlib
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -93,7 +94,11 @@ def _load(name: str, pipeline: Pipeline, built_in: dict[str, Reward]) -> Reward:
     if len(terms) > 1 or "*" in name:
         return _weighted_sum(terms, lambda term: _load(term, pipeline, built_in))
     if name == "model":
-        return LearnedReward.load(pipeline.folder / "reward.pt")
+        path = pipeline.folder / "reward.pt"
+        if not path.is_file():
+            make = f"python train_reward.py --small --weights {shlex.quote(str(pipeline.folder))} --out RUN"
+            raise FileNotFoundError(f"{path}: no reward model lies there; `{make}` makes one for --reward model:RUN")
+        return LearnedReward.load(path)
     if name.startswith("model:"):
         path = Path(name[6:].strip())
         return LearnedReward.load(path / "reward.pt" if path.is_dir() else path)

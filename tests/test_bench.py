@@ -1,14 +1,19 @@
 """What the benchmark compares is the same computation, and the sampling loop waits for no device."""
 
+import dataclasses
+import json
+import math
 import re
+import types
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minipref.commands import bench, bench_kernels
+import train_rl
+from minipref.commands import bench, bench_kernels, bench_lean
 from minipref.diffusion import Condition, Schedule, ScheduleConfig, ddim_step, predict, rollout
-from minipref.kernels import common
+from minipref.kernels import common, ddim_step_logprob
 from minipref.models.unet import UNet, UNetConfig
 
 TINY = UNetConfig(
@@ -172,6 +177,34 @@ def test_the_loop_table_divides_what_it_measured(monkeypatch):
     assert found["wasteful"] == [6, pytest.approx(8 / 1.5, abs=0.05), pytest.approx(8 / 4.5, abs=0.05), 1, 0]
     assert found["all"] == [2, 16, pytest.approx(8 / 1.5, abs=0.05), 3, 0]
     assert found["one branch"][3:] == [2, 0.12]  # 0.25 of the largest entry, 2, with two digits
+
+
+def test_the_lean_loop_does_the_same_work_as_an_epoch_of_the_small_preset():
+    small = dataclasses.replace(train_rl.RLConfig(), **train_rl.PRESETS["small"])
+    work = [getattr(bench_lean, name) for name in ("PROMPTS", "SAMPLES", "STEPS", "TRAINED", "UPDATES", "LR", "CLIP")]
+    names = ("prompts", "samples", "sampling_steps", "train_steps", "updates_per_epoch", "lr", "clip_range")
+    assert work == [getattr(small, name) for name in names]
+
+
+def test_a_lean_step_is_drawn_and_scored_like_ours():
+    """Its log-probability lacks the normalising constant, which no ratio sees."""
+    output, x, x_prev = torch.randn(3, 2, 4, 3, 3)
+    k_x, k_out, sigma = 0.9, -0.4, 0.3
+    _, log_prob = bench_lean.step(output, x, (k_x, k_out, sigma), x_prev=x_prev)
+    ones = torch.ones(2)
+    _, ours = ddim_step_logprob(output, x, k_x * ones, k_out * ones, sigma * ones, x_prev=x_prev)
+    assert torch.allclose(log_prob - math.log(sigma) - 0.5 * math.log(2 * math.pi), ours, atol=1e-5)
+    drawn, none = bench_lean.step(output, x, (k_x, k_out, 0.0))
+    assert torch.allclose(drawn, k_x * x + k_out * output, atol=1e-6) and none is None
+
+
+def test_an_epochs_table_gives_median_range_and_ratio(monkeypatch):
+    ours, lean = iter(([2.0, 2.0], [1.0, 3.0], [4.0, 4.0])), iter(([9.0, 3.0, 3.0], [9.0, 8.0, 8.0], [9.0, 4.0, 8.0]))
+    monkeypatch.setattr(bench_lean, "script_epochs", lambda epochs, threads: next(ours))
+    process = types.SimpleNamespace(run=lambda *a, **k: types.SimpleNamespace(stdout=json.dumps(next(lean))))
+    monkeypatch.setattr(bench_lean, "subprocess", process)
+    rows = [line.strip("| ").split(" | ") for line in bench_lean.epoch_table(3, 1).splitlines()[4:]]
+    assert [row[1:] for row in rows] == [["2.00", "2.00 to 4.00"], ["6.00", "3.00 to 8.00"], ["1.50", "1.50 to 4.00"]]
 
 
 def test_gradients_are_compared_on_one_scale():

@@ -1,11 +1,11 @@
 """The study that measures the papers' claims: which runs it makes, how it averages, and what it calls uncertain."""
 
 import subprocess
+import sys
 import time
 
+import claims
 import pytest
-
-from minipref import claims
 
 WHICH = ("base", "best", "last", "best 0.3", "best 0.5", "best 0.7")
 
@@ -108,11 +108,11 @@ def test_variants_differ_from_the_first_and_run_on_the_same_cases(tmp_path, monk
 
     monkeypatch.setattr(claims, "run_one", made)
     argv = "--subjects 2 --seeds 2 --first-seed 7".split()
-    claims.main(["--out", str(tmp_path), *argv, "--flags", "--beta 1 --steps 100"])
+    claims.main(["--out", str(tmp_path), *argv, "--flags", "--beta 1 --updates 100"])
     expected = set()
     for case in [(s, k) for k in (7, 8) for s in (0, 1)]:
-        stopped = f"--mode similarity --steps {40 + 10 * case[0] + case[1]}"
-        start = f"--beta 1 --steps 100 --subject {case[0]} --seed {case[1]} --patience 0"
+        stopped = f"--mode similarity --updates {40 + 10 * case[0] + case[1]}"
+        start = f"--beta 1 --updates 100 --subject {case[0]} --seed {case[1]} --patience 0"
         expected |= {f"{start} {v}".strip() for v in [*claims.RPO.values(), stopped]}
     assert {f for _, f in asked} == expected and len(asked) == len(expected)
     assert len({folder for folder, _ in asked}) == len(expected)  # none overwrites another's
@@ -166,15 +166,23 @@ def test_a_finished_run_is_kept_and_a_failed_one_tells_why(tmp_path, monkeypatch
 
 
 def test_the_trust_weights_are_compared_seed_by_seed(tmp_path, monkeypatch):
-    """Seed 1's gold is 1 higher than seed 0's for every variant; exponential gains 0.5 on both and arrives earlier."""
+    """Seed 1's gold is 1 higher than seed 0's for every variant; exponential gains 0.5 on both and arrives earlier.
+
+    A constant weight arrives at the last epoch with seed 0 and never with seed 1: the table tells which.
+    """
     asked = []
 
     def made(folder, script, flags):
         asked.append((script, " ".join(flags)))
-        seed, better = int(flags[1]), "exponential" in flags
-        rewards = (0.0, 0.8, 1.0) if better else (0.0, 0.4, 1.0)
-        rows = [{"epoch": 20 * i, "eval_reward": r} for i, r in enumerate(rewards)]
-        done = {"gold_after": 5 + seed + 0.5 * better, "reward_after": 1.0, "win_rate": 0.7, "kl": 9.0}
+        seed, trust = int(flags[1]), flags[-1]
+        ways = {"off": (0.0, 0.4, 1.0), "exponential": (0.0, 0.8, 1.0), "constant": (0.0, 0.4, 0.9 - 0.1 * seed)}
+        rows = [{"epoch": 20 * i, "eval_reward": r} for i, r in enumerate(ways[trust])]
+        done = {
+            "gold_after": 5 + seed + 0.5 * (trust == "exponential"),
+            "reward_after": 1.0,
+            "win_rate": 0.7,
+            "kl": 9.0,
+        }
         return done | {"rows": [*rows, {"epoch": 41}]}
 
     monkeypatch.setattr(claims, "run_one", made)
@@ -184,16 +192,36 @@ def test_the_trust_weights_are_compared_seed_by_seed(tmp_path, monkeypatch):
     lines = (tmp_path / "claims.md").read_text().splitlines()
     cells = {tuple(x.split(" | ")[:2])[0].strip("| "): x.split(" | ") for x in lines if x.startswith("| ")}
     # Without weighting 0.9 of the gain is reached at 20 + 20·(0.5/0.6), with it at 20 + 20·(0.1/0.2).
-    for pair in ("exponential − no weighting", "exponential − constant"):
-        assert cells[pair][1].startswith("+0.500 (+0.500 to +0.500)")
-        assert cells[pair][5].startswith(f"{30 - (20 + 20 * 5 / 6):+.3f}")
-    assert cells["constant − no weighting"][1].startswith("+0.000 (+0.000 to +0.000)")
+    off, with_it = 20 + 20 * 5 / 6, 30
+    for pair, apart in (
+        ("exponential − no weighting", with_it - off), ("exponential − constant", with_it - 40),
+        ("constant − no weighting", 40 - off),
+    ):  # fmt: skip
+        gold = 0.5 if "exponential" in pair else 0
+        assert cells[pair][1].startswith(f"{gold:+.3f} ({gold:+.3f} to {gold:+.3f})")
+        assert cells[pair][5].startswith(f"{apart:+.3f}")
     assert cells["no weighting"][1] == "5.500 ± 6.353"  # 12.7062·(√½)/√2
+    assert cells["constant"][5].startswith("40.000 ± 0.000")
+    counted = "Runs that arrived (the others count as arriving at their last epoch): "
+    assert lines[-1] == f"{counted}no weighting 2 of 2, constant 1 of 2, exponential 2 of 2."
     with pytest.raises(ValueError, match="an interval needs two"):
         claims.main(["--study", "rl", "--seeds", "1", "--out", str(tmp_path)])
 
 
-def test_arrival_is_interpolated_and_the_last_epoch_where_it_never_comes():
-    rows = [{"epoch": e, "eval_reward": r} for e, r in ((0, 0.0), (10, 0.5), (20, 0.4), (30, 1.0))]
-    assert claims.arrival(rows, 0.25) == 5 and claims.arrival(rows, 0.7) == pytest.approx(25)
-    assert claims.arrival(rows, 2.0) == 30
+def test_arrival_is_interpolated_and_says_whether_it_ever_comes():
+    """A run that arrives at its last epoch is told from one that never does."""
+    rows = [{"epoch": e, "eval_reward": r} for e, r in ((0, 0.0), (10, 0.5), (20, 0.4), (30, 1.0))] + [{"epoch": 31}]
+    assert claims.arrival(rows, 0.25) == (5, True) and claims.arrival(rows, 0.0) == (0, True)
+    assert claims.arrival(rows, 0.7) == (pytest.approx(25), True)
+    assert claims.arrival(rows, 1.0) == (30, True)
+    assert claims.arrival(rows, 2.0) == (30, False) == claims.arrival(rows, 1.0 + 1e-9)
+
+
+def test_the_study_is_run_as_its_file_says():
+    """`python tutorials/claims.py` from any folder finds the library and the scripts."""
+    path = claims.ROOT / "tutorials" / "claims.py"
+    done = subprocess.run(
+        [sys.executable, path, "--study", "rl", "--seeds", "1"], cwd="/", capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr == "tutorials/claims.py: --seeds 1: an interval needs two or more\n"
+    assert all((claims.ROOT / name).is_file() for name in ("train_rl.py", "train_rpo.py", "minipref/__init__.py"))

@@ -99,7 +99,7 @@ def test_one_step_and_all_steps_are_allowed_and_others_refused():
 def test_times_beyond_the_schedule_are_refused():
     s = schedule(timestep_spacing="leading", steps_offset=1)
     assert s.timesteps(999).max() == 999
-    with pytest.raises(ValueError, match="steps=1000: with steps_offset=1 they begin beyond time 999"):
+    with pytest.raises(ValueError, match="steps=1000, steps_offset=1: they begin beyond time 999"):
         s.timesteps(1000)
 
 

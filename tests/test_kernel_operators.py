@@ -140,6 +140,18 @@ def test_a_gated_layer_and_its_fused_form_agree(monkeypatch):
     assert len(taken) == 1 and all(torch.allclose(p, q, rtol=1e-4, atol=1e-5) for p, q in zip(*found))
 
 
+def test_large_layers_that_cannot_be_fused_are_pytorchs_own(monkeypatch):
+    """PyTorch with CUDA and Triton, as Linux installs it, and a tensor on the CPU: nothing but speed may be decided."""
+    monkeypatch.setattr(common, "AVAILABLE", True)
+    norm, gate = GroupNormAct(2, 8, 1e-5), GEGLU(4, 4)
+    x, h = torch.randn(1, 8, 256, 256), torch.randn(1, 16384, 4)
+    kernels = (sys.modules[f"minipref.kernels.{name}"] for name in ("group_norm_act", "geglu"))
+    assert all(kernel.pays(v) for kernel, v in zip(kernels, (x, gate.proj(h))))  # so large are they
+    assert torch.equal(norm(x), F.silu(F.group_norm(x, 2, norm.weight, norm.bias, 1e-5)))
+    value, switch = gate.proj(h).chunk(2, -1)
+    assert torch.equal(gate(h), value * F.gelu(switch))
+
+
 class Deciding:
     """A `decide` that counts how often it is asked, and says yes to samples of more than ten numbers."""
 

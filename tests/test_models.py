@@ -108,7 +108,7 @@ def test_the_unet_refuses_shapes_that_do_not_fit(x, t, text, message):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"block_out_channels": (8, 16, 16)}, "3 levels, down_block_types 2"),
+        ({"block_out_channels": (8, 16, 16)}, "3 block_out_channels, 2 down and 2 up blocks"),
         ({"down_block_types": ("CrossAttnDownBlock2D", "AttnDownBlock2D")}, "unknown block type.*AttnDownBlock2D"),
         ({"mid_block_type": "other"}, "unknown block type"),
         ({"attention_head_dim": (2, 2, 2)}, "3 entries for 2 levels"),
@@ -130,6 +130,22 @@ def test_attention_is_softmax_of_scaled_products():
         weights = torch.stack([torch.exp(q[i, h] @ k[:, h].T / 2**0.5) for i in range(3)])
         heads.append(weights / weights.sum(1, keepdim=True) @ v[:, h])
     assert torch.allclose(a(x, c)[0], a.to_out[0](torch.cat(heads, 1)), atol=1e-12)
+
+
+def test_one_text_for_all_samples_is_read_like_copies_of_it():
+    """Expanded, its keys and values are computed once; the same numbers, and the same gradients, as copies give."""
+    unet, x, t = UNet(UNetConfig(**TINY)).eval(), torch.randn(3, 4, 10, 6), torch.tensor([3, 800, 40])
+    text, found = torch.randn(1, 5, 6), []
+    for context in (text.expand(3, -1, -1), text.repeat(3, 1, 1)):
+        y = unet(x, t, context)
+        found.append([y, *torch.autograd.grad(y.square().sum(), list(unet.parameters()))])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*found))
+    rows, seen = torch.randn(3, 5, 6), []
+    for module in (m for m in unet.modules() if isinstance(m, Attention) and m.to_k.in_features == 6):
+        module.to_k.register_forward_hook(lambda m, args, output: seen.append(len(args[0])))
+    with torch.no_grad():
+        unet(x, t, text.expand(3, -1, -1)), unet(x, t, rows)
+    assert seen == [1] * (len(seen) // 2) + [3] * (len(seen) // 2) and len(seen) == 8
 
 
 def test_geglu_gates_the_first_half_with_gelu_of_the_second():

@@ -1,12 +1,13 @@
 """RPO's rewards and losses (Eqs. 4–8), by hand, by autograd and by counting."""
 
 import math
+import sys
 
 import pytest
 import torch
 
 from minipref.losses import denoising_loss, preference_label, preference_loss, preference_margin
-from minipref.rewards import SubjectReward, arithmetic, harmonic, likeness, stripped
+from minipref.rewards import ImageJudge, SubjectReward, arithmetic, harmonic, likeness, stripped
 
 T = torch.tensor
 DOUBLE = torch.float64
@@ -137,6 +138,60 @@ def test_references_are_scored_under_every_prompt_without_being_encoded_again():
         for i in range(3):  # each reference against the other two, never against itself
             others = SubjectReward(clip, FakeTokenizer(), torch.cat([x[:i], x[i + 1 :]]))
             assert torch.allclose(I[i, j], others(x[i : i + 1], [p])[0], atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ a further judge
+
+
+def bright_pixels(images):
+    return (images > 0.5).flatten(1).int()
+
+
+def no_embedding(images):
+    return images.mean()
+
+
+def raising(images):
+    raise RuntimeError("mat1 and mat2")
+
+
+def growing(images):
+    return torch.ones(len(images), len(images))
+
+
+def dark(images):
+    return torch.zeros(len(images), 2)
+
+
+def test_a_further_encoder_gives_the_mean_cosine_of_pictures_and_references(monkeypatch):
+    """Three references are the axes; pictures of ones have the cosine 1/√3 with each, however many there are."""
+    monkeypatch.setitem(sys.modules, "my_encoder", sys.modules[__name__])
+    judge = ImageJudge("my_encoder:bright_pixels", torch.eye(3)[:, None])
+    for count in (2, 150):
+        assert judge(torch.ones(count, 1, 3)) == pytest.approx(3**-0.5)
+    assert judge(torch.tensor([[[1.0, 0, 0]], [[1, 1, 1]]])) == pytest.approx((1 / 3 + 3**-0.5) / 2)
+
+
+@pytest.mark.parametrize(
+    "encoder,said",
+    [
+        ("no_embedding", r"my_encoder:no_embedding: gave \(\), expected \(4, D\), finite and no row all zero"),
+        ("raising", "my_encoder:raising: raised RuntimeError: mat1 and mat2"),
+        ("dark", r"my_encoder:dark: gave \(4, 2\), expected \(4, D\), finite and no row all zero"),
+        ("nowhere", "my_encoder:nowhere: cannot be imported"),
+    ],
+)
+def test_an_encoder_that_gives_no_embeddings_is_refused_by_name(monkeypatch, encoder, said):
+    monkeypatch.setitem(sys.modules, "my_encoder", sys.modules[__name__])
+    with pytest.raises(ValueError, match=said):
+        ImageJudge(f"my_encoder:{encoder}", torch.ones(4, 3, 8, 8))
+
+
+def test_an_encoder_whose_embeddings_change_their_length_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_encoder", sys.modules[__name__])
+    judge = ImageJudge("my_encoder:growing", torch.zeros(4, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"gave \(3, 3\), expected \(3, 4\)"):
+        judge(torch.zeros(3, 3, 32, 32))
 
 
 # ------------------------------------------------------------------------------------------------ labels

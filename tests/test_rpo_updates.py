@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from helpers import rpo_weights as weights
+from helpers import same
 from helpers import train_rpo_tiny as train
 
+import train_rpo
 from minipref.data.prompts import text_prompts
 from minipref.pipeline import SHIPPED, Pipeline, Sampling, load_unet
 from minipref.rewards import SubjectReward
@@ -125,3 +127,31 @@ def test_weight_decay_is_decoupled_from_the_gradient(tmp_path):
         weights(tmp_path / "without"),
     )
     assert all(torch.allclose(b[k] - a[k], 1e-3 * 20 * start[k], atol=1e-6) for k in start)
+
+
+def test_labels_drawn_or_not_leave_every_other_draw_alone(tmp_path):
+    """With beta 0 the labels weigh nothing: the weights are those of similarity alone, bit for bit."""
+    train(tmp_path / "drawn", "--no-soft-labels", beta=0)
+    train(tmp_path / "alone", mode="similarity")
+    assert same(weights(tmp_path / "drawn"), weights(tmp_path / "alone"))
+
+
+def test_dreambooths_prior_never_names_the_subject(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(train_rpo, "text_prompts", lambda texts: said.append(texts) or text_prompts(texts))
+    train(tmp_path / "x", mode="dreambooth")
+    assert set(said[0]) == {"a photo of a circle"} and said[0] == said[1]  # drawn from, and trained under
+    assert all("[V]" in t for t in said[2] + said[3])  # the instance prompt, the validation prompts
+
+
+def test_the_base_the_text_encoder_and_the_codec_never_change(tmp_path, monkeypatch):
+    loaded = []
+    load = train_rpo.Pipeline.load
+    monkeypatch.setattr(train_rpo.Pipeline, "load", staticmethod(lambda *a: loaded.append(load(*a)) or loaded[0]))
+    train(tmp_path / "x")
+    pipe, fresh = loaded[0], load(None)
+    assert same(pipe.unet.state_dict(), fresh.unet.state_dict()) and same(
+        pipe.clip.state_dict(), fresh.clip.state_dict()
+    )
+    parameters = [*pipe.unet.parameters(), *pipe.clip.parameters()]
+    assert all(p.grad is None and not p.requires_grad for p in parameters)

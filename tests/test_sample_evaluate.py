@@ -269,11 +269,6 @@ def test_a_run_of_train_rpo_from_before_0_2_opens_as_it_did(tmp_path, capsys):
     stops_with(lambda: evaluate.main(["--run", str(tmp_path / "rpo_old")]), "no run of train_rl.py, it lacks", capsys)
 
 
-@pytest.mark.parametrize("command", [sample.main, evaluate.main])
-def test_an_old_flag_is_answered_by_its_new_name(command, capsys):
-    stops_with(lambda: command(["--steps", "2"]), "--steps: now --sampling-steps", capsys)
-
-
 def test_a_run_is_read_from_other_folders_than_it_was_started_in(tmp_path, monkeypatch, capsys):
     """The reward model that it names by a relative path is found again."""
     (tmp_path / "here").mkdir()

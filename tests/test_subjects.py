@@ -13,7 +13,7 @@ from minipref.data import subjects
 from minipref.data.subjects import SubjectPrompt
 from minipref.models.tokenizer import SUBJECT, WordTokenizer
 from minipref.toy import judge, world
-from minipref.toy.judge import placed_as_asked
+from minipref.toy.judge import placed_as_prompted
 from minipref.toy.subjects import Placement, prompt_lists, subject_prompts, toy_subject
 
 SIZE = 32  # pixels of the toy world
@@ -87,7 +87,7 @@ def test_the_true_measures_pass_true_pictures_and_name_what_is_missing():
                 [true, replace(true, things=(other, *true.things[1:])), replace(true, background=background)]
                 + [replace(true, things=true.things[:1])]
             )
-            found = placed_as_asked(pictures, s.truth, [prompt] * 4)
+            found = placed_as_prompted(pictures, s.truth, [prompt] * 4)
             if asked.second:  # another one beside the subject
                 first, second = true.things
                 free = [
@@ -96,7 +96,7 @@ def test_the_true_measures_pass_true_pictures_and_name_what_is_missing():
                 shape = next(v for v in world.SHAPES if v not in (first.shape, second.shape))
                 others = replace(second, colour=free[0], second=free[0]), replace(second, shape=shape)
                 shown = world.draw([replace(true, things=(first, o)) for o in others])
-                passed = placed_as_asked(shown, s.truth, [prompt] * 2)["second"].tolist()
+                passed = placed_as_prompted(shown, s.truth, [prompt] * 2)["second"].tolist()
                 wrong["second's colour"].append(passed[0])
                 wrong["second's shape"].append(passed[1])
             right.append([bool(found[n][0]) for n in ("subject", "background", "second", "all")])
@@ -123,7 +123,7 @@ def test_the_pattern_and_its_colours_in_their_order_make_the_subject(size):
         others.append(replace(t, colour=t.second, second=t.colour))
         background = next(c for c in world.COLOURS if c not in (t.colour, t.second))
         images = world.draw([world.Scene(background, (o,)) for o in (t, *others)])
-        found = placed_as_asked(images, s.truth, [ANYWHERE] * len(images))["subject"]
+        found = placed_as_prompted(images, s.truth, [ANYWHERE] * len(images))["subject"]
         assert found[0], s.name
         passed, tried = passed + int(found[1:].sum()), tried + len(others)
     assert passed <= 0.02 * tried, f"{passed} of {tried}"
@@ -153,7 +153,7 @@ def test_the_subject_twice_is_not_the_subject():
         left, right = (put(small, *place) for place in PLACE)
         background = next(c for c in world.COLOURS if c not in (s.truth.colour, s.truth.second))
         once, twice = world.Scene(background, (left,)), world.Scene(background, (left, right))
-        assert placed_as_asked(world.draw([once, twice]), s.truth, [ANYWHERE] * 2)["all"].tolist() == [True, False]
+        assert placed_as_prompted(world.draw([once, twice]), s.truth, [ANYWHERE] * 2)["all"].tolist() == [True, False]
 
 
 def test_the_class_alone_is_not_the_subject():
@@ -162,7 +162,7 @@ def test_the_class_alone_is_not_the_subject():
         plain = replace(s.truth, pattern="plain", second=s.truth.colour)
         prompt = subject_prompts(s, 0, 2)[1]  # on a background
         picture = world.draw([scene_of(replace(s, truth=plain), prompt)])
-        assert not placed_as_asked(picture, s.truth, [prompt])["subject"].any()
+        assert not placed_as_prompted(picture, s.truth, [prompt])["subject"].any()
 
 
 # ------------------------------------------------------------------------------------------------ photos

@@ -1,9 +1,10 @@
 """The main job, small enough to run in seconds, and the commands around it, on the shipped weights."""
 
 import json
+import platform
 import sys
 import types
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from helpers import train_tiny as train
 from PIL import Image
 
 import train_rl
+from minipref import __version__
 from minipref.pipeline import SHIPPED, Pipeline, load_unet
 from minipref.reward_model import Scores
 from minipref.runtime.config import parse
@@ -50,12 +52,6 @@ def test_the_defaults_are_prefpaints_and_small_is_the_table_of_deviations():
     assert asdict(command_line("--small", "--lr", "3e-4")) == defaults | small | {"preset": "small", "lr": 3e-4}
 
 
-@pytest.mark.parametrize("old,new", [("--steps", "--sampling-steps"), ("--updates", "--updates-per-epoch")])
-def test_an_old_flag_is_answered_by_its_new_name(old, new, tmp_path, monkeypatch, capsys):
-    stops_with(lambda: train(tmp_path / "a", monkeypatch, **{old[2:]: 2}), f"{old}: now {new}", capsys)
-    assert not (tmp_path / "a").exists()
-
-
 def test_a_run_leaves_the_folder_that_its_documentation_promises(run):
     folder, summary = run
     expected = (
@@ -65,6 +61,11 @@ def test_a_run_leaves_the_folder_that_its_documentation_promises(run):
     assert list(summary) == expected.split() and summary["judge"] == "gold"
     lo, hi = summary["win_rate_ci"]
     assert 0 <= lo <= summary["win_rate"] <= hi <= 1 and 1 <= summary["gold_before"] <= 7 and summary["kl"] > 0
+    config = json.loads((folder / "config.json").read_text())
+    versions = {"minipref": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    assert (config.pop("script"), config.pop("versions")) == ("train_rl.py", versions)
+    assert set(config) == {f.name for f in fields(train_rl.RLConfig)} and config["preset"] == "small"
+    assert (config["sampling_steps"], config["lr"], config["device"]) == (3, 1e-4, "cpu")
     log = rows(folder)
     assert [r["epoch"] for r in log] == [0, 1, 2]
     wanted = {

@@ -288,8 +288,9 @@ def main(argv: list[str] | None = None) -> None:
             text = json.dumps(figures, indent=1) + "\n"
             checkpoint.atomic_write(out / "pretrain.json", lambda p, text=text: p.write_text(text))
             print(part, json.dumps(figures[part]))
-    rewarded = out.with_name(f"{out.name}-reward")
-    print(
-        f"these weights have no reward model yet: python train_reward.py --small --weights {out} --out {rewarded}; "
-        f"then python train_rl.py --small --weights {out} --reward model:{rewarded}"
-    )
+    if (out / "unet.pt").exists():
+        weights, rewarded = (shlex.quote(str(p)) for p in (out, out.with_name(f"{out.name}-reward")))
+        print(
+            f"no reward model belongs to these weights yet: python train_reward.py --small --weights {weights} --out "
+            f"{rewarded}; then python train_rl.py --small --weights {weights} --reward model:{rewarded}"
+        )

@@ -313,7 +313,7 @@ def load(
             changed = ((grey - image).abs().amax(0, keepdim=True) > 0.05).float()
             unions[row.masked] = torch.maximum(unions.get(row.masked, changed), changed)
         read.append((row, image, grey, hole))
-    checked: dict[tuple[int, int] | None, Any] = {None: None}
+    checked: dict[tuple, Any] = {}
     usable: list[Row] = []
     images, masked, masks, truths = list[Tensor](), list[Tensor](), list[Tensor](), list[Any]()
     for row, image, grey, named in read:
@@ -321,9 +321,10 @@ def load(
         try:
             if not hole.any():
                 raise ValueError(f"{row.masked} shows no hole")
-            if row.scene not in checked:
-                checked[row.scene] = truth(row.scene, grey, hole) if truth and row.scene else None
-            truths.append(checked[row.scene])
+            place = row.scene, row.masked, row.mask  # completions of one prompt share them
+            if place not in checked:
+                checked[place] = truth(row.scene, grey, hole) if truth and row.scene else None
+            truths.append(checked[place])
         except ValueError as e:
             problems.append(f"{row.where}: {e}")
             continue

@@ -29,7 +29,7 @@ DIFFERENT = 0.25  # RGB distance from the background at which a pixel belongs to
 
 
 @dataclass(frozen=True)
-class Found:
+class Match:
     """A patch and the template that covers it best."""
 
     shape: str
@@ -85,11 +85,11 @@ def patches(foreground: Tensor) -> list[Tensor]:
         if torch.equal(spread, label):
             break
         label = spread
-    found = [label == v for v in label.unique().tolist() if v > 0]
-    return sorted((p for p in found if int(p.sum()) >= SMALLEST), key=lambda p: -int(p.sum()))
+    components = [label == v for v in label.unique().tolist() if v > 0]
+    return sorted((p for p in components if int(p.sum()) >= SMALLEST), key=lambda p: -int(p.sum()))
 
 
-def _fit(patch: Tensor, index: Tensor) -> Found:
+def _fit(patch: Tensor, index: Tensor) -> Match:
     masks, names = _templates()
     H, W = patch.shape
     middle = TEMPLATE // 2
@@ -105,27 +105,27 @@ def _fit(patch: Tensor, index: Tensor) -> Found:
     counts = index[covered].bincount(minlength=len(COLOURS)).double() / max(1, int(covered.sum()))
     others = max(float(b) for b, n in zip(best.tolist(), names) if n[0] != shape)
     shares = {c: float(s) for c, s in zip(COLOURS, counts) if s > 0}
-    return Found(shape, float(best[k]), others, radius, j + dx, i + dy, shares)
+    return Match(shape, float(best[k]), others, radius, j + dx, i + dy, shares)
 
 
-def things(images: Tensor, most: int = 3) -> list[list[Found]]:
+def things(images: Tensor, most: int = 3) -> list[list[Match]]:
     """The things of each picture, (B, 3, H, W) in [0, 1], largest first, at most `most`."""
     index, _ = nearest_colours(images)
-    found = []
+    matches = []
     for x, i, name in zip(images, index, backgrounds(images)):
         apart = (x - torch.from_numpy(RGB[COLOURS.index(name)])[:, None, None]).square().sum(0).sqrt()
-        found.append([_fit(p, i) for p in patches(apart > DIFFERENT)[:most]])
-    return found
+        matches.append([_fit(p, i) for p in patches(apart > DIFFERENT)[:most]])
+    return matches
 
 
-def shows(found: Found, thing: Thing) -> tuple[bool, bool]:
+def shows(match: Match, thing: Thing) -> tuple[bool, bool]:
     """Whether a patch has the thing's shape, and whether it has its colours: "" stands for any colour, so that of two
     colours of which one is asked for, half of the patch is judged."""
     colours = {thing.colour, thing.second}
-    asked = [found.colours.get(c, 0) for c in colours if c]
-    present = all(share >= COLOUR_PRESENT / len(colours) for share in asked)
-    enough = sum(asked) >= COLOURS_SHARE * len(asked) / len(colours)
-    return found.shape == thing.shape and found.overlap >= OVERLAP, present and enough
+    shares = [match.colours.get(c, 0) for c in colours if c]
+    present = all(share >= COLOUR_PRESENT / len(colours) for share in shares)
+    enough = sum(shares) >= COLOURS_SHARE * len(shares) / len(colours)
+    return match.shape == thing.shape and match.overlap >= OVERLAP, present and enough
 
 
 def obeyed(images: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
@@ -147,15 +147,15 @@ def obeyed(images: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
     return named | {"all": columns.all(0)}
 
 
-def pattern_share(index: Tensor, found: Found, thing: Thing) -> float:
+def pattern_share(index: Tensor, match: Match, thing: Thing) -> float:
     """How well a thing, pattern and all, explains the patch that has its shape: nearest colours (H, W) -> 0 to 1.
 
     Of each of the thing's two colours, the share of its pixels that have it; the smaller of the two, at the best of the
     nine whole pixels around the patch's place. Both must be there: most of a dotted thing is its first colour.
     """
-    label = _cells(thing, min(RADII.values(), key=lambda r: abs(r - found.radius)))
+    label = _cells(thing, min(RADII.values(), key=lambda r: abs(r - match.radius)))
     around = F.pad(index, (TEMPLATE,) * 4, value=-1)
-    top, left = (TEMPLATE + round(v) - TEMPLATE // 2 for v in (found.y, found.x))
+    top, left = (TEMPLATE + round(v) - TEMPLATE // 2 for v in (match.y, match.x))
     colours = [(label == 1, COLOURS.index(thing.colour)), (label == 2, COLOURS.index(thing.second))]
     best = 0.0
     for dy in (-1, 0, 1):
@@ -181,7 +181,7 @@ def _cells(thing: Thing, radius: float) -> Tensor:
 SUBJECT_SHARE = 0.75
 
 
-def placed_as_asked(images: Tensor, thing: Thing, prompts: list[SubjectPrompt]) -> dict[str, Tensor]:
+def placed_as_prompted(images: Tensor, thing: Thing, prompts: list[SubjectPrompt]) -> dict[str, Tensor]:
     """(B,) bool each: the `subject`, shape, colours and pattern, is there once; the prompted `background`; the prompted
     `second` thing, shape and colour (each true where the prompt says nothing of it); `all` of them at once.
 
@@ -189,17 +189,17 @@ def placed_as_asked(images: Tensor, thing: Thing, prompts: list[SubjectPrompt]) 
     """
     rows = []
     index, _ = nearest_colours(images)
-    for i, name, found, placement in zip(index, backgrounds(images), things(images), (p.truth for p in prompts)):
-        alike = [shows(f, thing) == (True, True) and pattern_share(i, f, thing) >= SUBJECT_SHARE for f in found]
-        second = placement.second is None or any(all(shows(f, placement.second)) for f in found)
+    for i, name, matches, placement in zip(index, backgrounds(images), things(images), (p.truth for p in prompts)):
+        alike = [shows(f, thing) == (True, True) and pattern_share(i, f, thing) >= SUBJECT_SHARE for f in matches]
+        second = placement.second is None or any(all(shows(f, placement.second)) for f in matches)
         rows.append((sum(alike) == 1, placement.background in (None, name), second))
     named = dict(zip(("subject", "background", "second"), torch.tensor(rows).T))
     return named | {"all": torch.stack(list(named.values())).all(0)}
 
 
 def subject_shares(images: Tensor, thing: Thing, prompts: list[SubjectPrompt]) -> dict[str, float]:
-    """Shares of pictures that show what their prompts ask for (`placed_as_asked`); background and second thing, among
+    """Shares of pictures that show what their prompts ask for (`placed_as_prompted`); background and second thing, among
     the pictures whose prompts name one (NaN where none does)."""
-    found = placed_as_asked(images, thing, prompts)
+    shown = placed_as_prompted(images, thing, prompts)
     named = {k: torch.tensor([getattr(p.truth, k) is not None for p in prompts]) for k in ("background", "second")}
-    return {k: float((v[named[k]] if k in named else v).float().mean()) for k, v in found.items()}
+    return {k: float((v[named[k]] if k in named else v).float().mean()) for k, v in shown.items()}

@@ -218,6 +218,8 @@ def rate_completions(
     of each, (P·S, 3, H, W). Two of each prompt are widened and rated, too. The raters' noise is part of seed and start.
     """
     world, samples = prompt_seed("rating", seed), len(images) // len(prompts)
+    if len(images) != samples * len(prompts):
+        raise ValueError(f"{len(images)} completions of {len(prompts)} prompts: expected as many of each")
     generator = torch.Generator().manual_seed(world + start)
     completed, extra = len(images), min(WIDENED, samples) if widened else 0
     index = list(range(completed))

@@ -125,7 +125,7 @@ def check_size(size: int) -> None:
     """The toy world is drawn at one size: a model of another cannot complete it."""
     if size != SIZE:
         raise ValueError(
-            f"the toy world has pictures of {SIZE} pixels and this model has {size}: name your own (--data)"
+            f"the toy world has pictures of {SIZE} pixels and this model has {size}: name your own pictures"
         )
 
 
@@ -154,8 +154,8 @@ def prompt_source(purpose: str, seed: int, size: int) -> PromptSource:
 
 def shown_scene(place: tuple[int, int], masked: Tensor, mask: Tensor) -> Scene:
     """The scene (seed, number) that a rating names; ValueError where its known pixels are not the masked picture's."""
-    visible = (mask < 0.5).expand_as(masked)
-    if not torch.allclose(draw([scene(*place)])[0][visible], masked[visible], atol=1 / 255):
+    picture, visible = draw([scene(*place)])[0], (mask < 0.5).expand_as(masked)
+    if picture.shape != masked.shape or not torch.allclose(picture[visible], masked[visible], atol=1 / 255):
         raise ValueError(f"scene {list(place)} is not what its masked picture shows: rated in another toy world")
     return scene(*place)
 
