@@ -198,8 +198,8 @@ def placed_as_prompted(images: Tensor, thing: Thing, prompts: list[SubjectPrompt
 
 
 def subject_shares(images: Tensor, thing: Thing, prompts: list[SubjectPrompt]) -> dict[str, float]:
-    """Shares of pictures that show what their prompts ask for (`placed_as_prompted`); background and second thing, among
+    """Shares of pictures that show what their prompts ask for (`placed_as_prompted`); background and second thing among
     the pictures whose prompts name one (NaN where none does)."""
-    shown = placed_as_prompted(images, thing, prompts)
+    seen = placed_as_prompted(images, thing, prompts)
     named = {k: torch.tensor([getattr(p.truth, k) is not None for p in prompts]) for k in ("background", "second")}
-    return {k: float((v[named[k]] if k in named else v).float().mean()) for k, v in shown.items()}
+    return {k: float((v[named[k]] if k in named else v).float().mean()) for k, v in seen.items()}
