@@ -146,6 +146,7 @@ def test_each_rollout_is_trained_in_as_many_updates_as_asked_for(tmp_path, monke
 
 @pytest.mark.parametrize("grad_clip", [0, 1e-3])
 def test_the_gradient_is_clipped_where_a_limit_is_named_and_0_names_none(tmp_path, monkeypatch, grad_clip):
+    """Of a reward that is trusted ten thousandfold, so that the gradient is larger than any limit one would name."""
     seen, clip = [], torch.nn.utils.clip_grad_norm_
 
     def spy(parameters, limit):
@@ -156,9 +157,11 @@ def test_the_gradient_is_clipped_where_a_limit_is_named_and_0_names_none(tmp_pat
         return norm
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    train(tmp_path / "x", monkeypatch, epochs=1, grad_clip=grad_clip)
+    steep = types.SimpleNamespace(f=lambda x, _: Scores(x.mean((1, 2, 3)), torch.full((len(x),), 1e4)))
+    monkeypatch.setitem(sys.modules, "steep", steep)
+    train(tmp_path / "x", monkeypatch, epochs=1, grad_clip=grad_clip, reward="steep:f")
     norms = [[torch.cat([g.flatten() for g in part]).double().norm().item() for part in pair] for pair in seen]
-    assert len(norms) == 2 and all(before > 2e-3 for before, _ in norms)
+    assert len(norms) == 2 and all(before > 20 for before, _ in norms)
     assert all(after == pytest.approx(grad_clip or before, rel=1e-4) for before, after in norms)
     assert rows(tmp_path / "x")[1]["grad_norm"] == pytest.approx(sum(before for before, _ in norms) / 2, rel=1e-4)
     if not grad_clip:
