@@ -201,9 +201,9 @@ class Condition:
         """The samples that `index` (slice or tensor) selects."""
 
         def rows(v: Tensor) -> Tensor:
-            return (
-                v[:1].expand(len(index), *v.shape[1:]) if v.stride(0) == 0 and isinstance(index, Tensor) else v[index]
-            )
+            if not isinstance(index, Tensor) or v.stride(0) > 0:
+                return v[index]
+            return v[:1].expand(len(torch.arange(len(self))[index]), *v.shape[1:])  # one text for all stays one
 
         return Condition(**{k: rows(v) for k, v in vars(self).items() if v is not None})
 

@@ -92,6 +92,7 @@ def test_samples_can_be_selected_from_a_condition_with_all_that_belongs_to_them(
         few = one[index]
         assert torch.equal(few.mask, m[index]) and torch.equal(few.empty, -text[index]) and few.masked is None
         assert torch.equal(few.context, text[:1].repeat(len(m[index]), 1, 1))
+        assert few.context.stride(0) == 0 or isinstance(index, list)  # still one text, read once
 
 
 # ------------------------------------------------------------------------------------------------ rollouts

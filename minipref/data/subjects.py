@@ -43,8 +43,8 @@ def instance_prompt(class_name: str) -> str:
 
 
 # Prompts of the released code (github.com/andrew-miao/RPO, utils.py), {} for "[V] class". The paper validates on eight
-# prompts of their own; the released code validates on its *training* prompts, so that it stops by what it trains on. Of
-# VALIDATION its function for validation prompts, which nothing calls, lists the first two; the other six are ours.
+# prompts of their own; the released code validates, in some of its versions, on its *training* prompts, so that it stops
+# by what it trains on. Its function for validation prompts lists the first two of VALIDATION; the other six are ours.
 TRAINING = (
     "a {} in Vincent Van Gogh rendition", "a {} on the Moon", "a green {}",
     "a {} with a China Great Wall in the background", "a {} on top of wooden roof",
