@@ -43,7 +43,7 @@ def instance_prompt(class_name: str) -> str:
 
 
 # Prompts of the released code (github.com/andrew-miao/RPO, utils.py), {} for "[V] class". The paper validates on eight
-# prompts of their own; the released code validates, in some of its versions, on its *training* prompts, so that it stops
+# prompts of their own; some versions of the released code validate on its *training* prompts, so that it stops
 # by what it trains on. Its function for validation prompts lists the first two of VALIDATION; the other six are ours.
 TRAINING = (
     "a {} in Vincent Van Gogh rendition", "a {} on the Moon", "a green {}",
