@@ -148,15 +148,15 @@ def main() -> None:
                 pairs = torch.stack([part.repeat_interleave(K), steps], 1)  # (M·K, 2): sample, step
                 for chunk in pairs.split(cfg.micro_batch):
                     sample, step = chunk.unbind(1)
-                    taken = pipe.schedule, trajectory, condition, sample, step
-                    log_prob, mean, sigma = replay(policy, *taken, eta=cfg.eta)
+                    steps_taken = pipe.schedule, trajectory, condition, sample, step
+                    log_prob, mean, sigma = replay(policy, *steps_taken, eta=cfg.eta)
                     old, weights = trajectory.log_probs[sample, step], gamma[sample]
                     loss, ratio, clipped = clipped_surrogate(
                         log_prob, old, advantage[sample], clip_range=cfg.clip_range, n=n, gamma=weights
                     )
                     if cfg.kl_weight > 0:
                         with torch.no_grad():
-                            _, mean_base, _ = replay(base, *taken, eta=cfg.eta)
+                            _, mean_base, _ = replay(base, *steps_taken, eta=cfg.eta)
                         kl = gaussian_kl(mean, mean_base, sigma)
                         loss = loss + cfg.kl_weight * kl.mean() / n
                         log["kl"].append(kl.detach() * len(scored))  # K steps stand for all scored ones
@@ -178,7 +178,8 @@ def main() -> None:
         # 4. Evaluate the averaged policy on fixed held-out prompts, with noise that never changes; keep the best.
         if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
             if epoch > 0 and cfg.kl_weight == 0:
-                row["kl"] = trajectory_kl(policy, base, pipe, trajectory, condition, cfg)
+                one_each = torch.arange(0, B, cfg.samples)  # one sample a prompt
+                row["kl"] = float(pipe.trajectory_kl(policy, trajectory, condition, one_each, sampling).mean())
             pictures = pipe.complete(average, curve_prompts, sampling, seed=cfg.seed, stream="curves")
             row |= evaluation_row(reward(pictures, curve_prompts), gold_scores(pictures, curve_prompts))
             judged = row["eval_reward"], row.get("eval_trusted"), row.get("eval_bound")
@@ -271,17 +272,6 @@ def check_replay(policy, pipe: Pipeline, trajectory: Trajectory, condition: Cond
         worst = float(n * (log_prob - trajectory.log_probs[samples, steps]).abs().max())
         if not worst <= max(0.01 * cfg.clip_range, ROUNDING):
             raise ValueError(f"replay differs from the rollout by {worst:.2g} nats before any update")
-
-
-@torch.no_grad()
-def trajectory_kl(policy, base, pipe: Pipeline, trajectory: Trajectory, condition: Condition, cfg: RLConfig) -> float:
-    """KL to the base model in nats, summed over dimensions and scored steps, on one sample a prompt."""
-    samples, total = torch.arange(0, len(condition), cfg.samples), 0.0
-    for step in trajectory.scored.nonzero()[:, 0]:
-        taken = pipe.schedule, trajectory, condition, samples, step.expand(len(samples))
-        (_, mean, sigma), (_, mean_base, _) = (replay(unet, *taken, eta=cfg.eta) for unet in (policy, base))
-        total += float(gaussian_kl(mean, mean_base, sigma).mean())
-    return total
 
 
 def gold_scores(images: Tensor, prompts: Prompts) -> Tensor | None:

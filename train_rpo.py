@@ -144,7 +144,7 @@ def main() -> None:
     # Labels have a stream of their own: whether they are drawn changes nothing else.
     generator, label_generator = (torch.Generator().manual_seed(seed + i * 10**9) for i in range(2))
 
-    lambdas, since = sorted({*LAMBDAS, cfg.lam_val}), 0
+    lambdas, stale = sorted({*LAMBDAS, cfg.lam_val}), 0
     best: dict[float, tuple[float, int]] = {}  # reward and step of the best weights by each lambda
     states: dict[int, dict[str, Tensor]] = {}  # the weights of those steps
     meta = {"schedule": asdict(pipe.schedule.config), "base": pipe.fingerprint}
@@ -159,13 +159,13 @@ def main() -> None:
             latents = latents_ref[r], latents_gen[g], latents_ref[r]  # of the pair, and of the similarity loss
             noises = [draw_noise(x, len(pipe.schedule), generator) for x in latents]
             noises[1] = noises[0] if cfg.share_noise else noises[1]
-            ref, gen, alone = (noised(pipe.schedule, x, *noise) for x, noise in zip(latents, noises))
-            under = modified[g] if cfg.reference_prompt == "modified" else instances
+            ref, gen, single = (noised(pipe.schedule, x, *noise) for x, noise in zip(latents, noises))
+            pair_condition = modified[g] if cfg.reference_prompt == "modified" else instances
             parts: dict[str, Tensor] = {}
             if pairs:  # preference (Eqs. 7-8)
-                theta_ref, theta_gen = predict(policy, *ref[:2], under), predict(policy, *gen[:2], modified[g])
+                theta_ref, theta_gen = predict(policy, *ref[:2], pair_condition), predict(policy, *gen[:2], modified[g])
                 with torch.no_grad():
-                    base_ref, base_gen = predict(base, *ref[:2], under), predict(base, *gen[:2], modified[g])
+                    base_ref, base_gen = predict(base, *ref[:2], pair_condition), predict(base, *gen[:2], modified[g])
                 label = preference_label(
                     ref_reward[r, g], gen_reward[g], temperature=cfg.label_temperature,
                     generator=None if cfg.soft_labels else label_generator,
@@ -178,8 +178,8 @@ def main() -> None:
             if cfg.mode == "rpo" and cfg.reference_prompt == "instance":  # one error is both, as in the released code
                 parts["similarity"] = denoising_loss(theta_ref, ref.target).mean()
             elif cfg.mode != "preference":  # similarity (Eq. 4): the references under the instance prompt
-                prediction = predict(policy, *alone[:2], instances)
-                parts["similarity"] = denoising_loss(prediction, alone.target).mean()
+                prediction = predict(policy, *single[:2], instances)
+                parts["similarity"] = denoising_loss(prediction, single.target).mean()
             if cfg.mode == "dreambooth":  # prior preservation: the base's own pictures of the class
                 parts["prior"] = denoising_loss(predict(policy, *gen[:2], modified[g]), gen.target).mean()
             loss = torch.stack(list(parts.values())).sum()
@@ -199,7 +199,7 @@ def main() -> None:
             best |= {lam: (row[f"val_{lam}"], step) for lam in better}
             states |= {step: copy.deepcopy(policy.state_dict())} if better else {}
             states = {k: v for k, v in states.items() if k in {0, *(b[1] for b in best.values())}}
-            since = 0 if better else since + 1
+            stale = 0 if better else stale + 1
             for name in ["last"] + (["best"] if cfg.lam_val in better else []):
                 checkpoint.save(
                     run.path / f"{name}.pt", "unet", policy.config, policy.state_dict(), meta=meta | {"step": step}
@@ -210,8 +210,8 @@ def main() -> None:
         run.log(step=step, **row)
         if "val_i" in row:  # a run that is stopped by hand leaves its curves, too
             rpo_curves(run, cfg.lam_val, cfg.mean, best[cfg.lam_val][1])
-        if cfg.patience and since >= cfg.patience:
-            print(f"stopped after step {step}: no reward has improved in {since} validations")
+        if cfg.patience and stale >= cfg.patience:
+            print(f"stopped after step {step}: no reward has improved in {stale} validations")
             break
 
     # 5. Base, last and the best of every lambda on test prompts that nothing was chosen by.

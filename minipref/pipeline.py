@@ -182,19 +182,27 @@ class Pipeline:
         return prompts.paste_known(images)
 
     @torch.no_grad()
-    def kl_to_base(self, aligned: UNet, prompts: Prompts, sampling: Sampling, *, seed: int) -> Tensor:
-        """KL(aligned ‖ base) of whole rollouts in nats, (B,): per step in closed form, on trajectories of `aligned`."""
-        samples, condition = torch.arange(len(prompts)), self.condition(prompts)
-        trajectory = self.rollout(aligned, prompts, sampling, seed, "kl", range(len(prompts)), condition)
-        total = torch.zeros(len(prompts))
+    def trajectory_kl(
+        self, unet: UNet, trajectory: Trajectory, condition: Condition, samples: Tensor, sampling: Sampling
+    ) -> Tensor:
+        """KL(unet ‖ base) in nats along the trajectories of `samples` (M,), summed over dimensions and scored steps, in
+        closed form for each: (M,) on the CPU."""
+        total = torch.zeros(len(samples))
         for step in trajectory.scored.nonzero()[:, 0]:
-            steps, settings = step.expand(len(prompts)), {"eta": sampling.eta, "guidance": sampling.guidance}
+            steps, settings = step.expand(len(samples)), {"eta": sampling.eta, "guidance": sampling.guidance}
             (_, mean, sigma), (_, mean_base, _) = (
-                replay(unet, self.schedule, trajectory, condition, samples, steps, **settings)
-                for unet in (aligned, self.unet)
+                replay(model, self.schedule, trajectory, condition, samples, steps, **settings)
+                for model in (unet, self.unet)
             )
             total += gaussian_kl(mean, mean_base, sigma).cpu()
         return total
+
+    @torch.no_grad()
+    def kl_to_base(self, aligned: UNet, prompts: Prompts, sampling: Sampling, *, seed: int) -> Tensor:
+        """KL(aligned ‖ base) of whole rollouts of `aligned` in nats, (B,)."""
+        condition, indices = self.condition(prompts), range(len(prompts))
+        trajectory = self.rollout(aligned, prompts, sampling, seed, "kl", indices, condition)
+        return self.trajectory_kl(aligned, trajectory, condition, torch.arange(len(prompts)), sampling)
 
 
 def check_text(meta: dict, clip: CLIP, path: Path, unet: str | Path) -> None:
