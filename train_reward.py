@@ -31,7 +31,7 @@ from minipref.models.unet import UNet
 from minipref.pipeline import Pipeline, Sampling
 from minipref.presets import SMALL_FEATURES
 from minipref.reward_model import Calibration, Judged, LearnedReward
-from minipref.runs import RENAMED, load_run
+from minipref.runs import RENAMED, load_pipeline, load_run
 from minipref.runtime.config import opt, parse, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import raters as toy_raters
@@ -45,7 +45,7 @@ class RewardConfig:
     preset: str = opt("", "named set of values; flags override it")
     seed: int = opt(0, "seed of prompts, noise, raters, splits and weights", lo=0, hi=999_999)
     # the ratings
-    weights: str = opt("", "folder with unet.pt and clip.pt; empty: the shipped small ones")
+    weights: str = opt("", "folder with unet.pt and clip.pt, or a run to start from; empty: the shipped small ones")
     ratings: str = opt("", "folder of ratings of your own; empty: toy completions, rated by simulated raters")
     score_lo: float = opt(LOWEST, "lowest score of the raters' scale", lo=-1e9)
     score_hi: float = opt(HIGHEST, "highest score of the raters' scale", lo=-1e9)
@@ -120,7 +120,7 @@ def main() -> None:
     if cfg.trust_lo > cfg.trust_hi:
         raise ValueError(f"--trust-lo {cfg.trust_lo:g} --trust-hi {cfg.trust_hi:g}: the first must not be larger")
     started = time.time()
-    pipe = Pipeline.load(cfg.weights, cfg.device)
+    pipe = load_pipeline(cfg.weights, cfg.device)
     names = [n for n in f"{cfg.policies},{cfg.second_round}".split(",") if n]
     runs = {name: load_run(name, "", cfg.device) for name in names}
     if cfg.ratings:  # what cannot be learned from is refused before anything is written

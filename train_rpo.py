@@ -26,7 +26,7 @@ from minipref.kernels import preference_loss_from_predictions
 from minipref.losses import denoising_loss, preference_label
 from minipref.pipeline import Pipeline, Sampling
 from minipref.rewards import ImageJudge, SubjectReward, arithmetic, harmonic, stripped
-from minipref.runs import RENAMED
+from minipref.runs import RENAMED, load_pipeline
 from minipref.runtime import checkpoint
 from minipref.runtime.config import opt, parse, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
@@ -39,7 +39,7 @@ SCRIPT = "train_rpo.py"
 @dataclass(frozen=True)
 class RPOConfig:
     preset: str = opt("", "named set of values; flags override it")
-    weights: str = opt("", "folder with unet.pt and clip.pt; empty: the shipped small ones")
+    weights: str = opt("", "folder with unet.pt and clip.pt, or a run to start from; empty: the shipped small ones")
     # the subject
     subject: int = opt(0, "number of the toy subject", lo=0, hi=999)
     references: str = opt("", "folder with pictures of your subject instead")
@@ -114,7 +114,7 @@ def main() -> None:
     cfg = parse(RPOConfig, None, prog=SCRIPT, description=__doc__ or "", presets=PRESETS, renamed=RENAMED[SCRIPT])
     check(cfg)
     started = time.time()
-    pipe = Pipeline.load(cfg.weights, cfg.device)
+    pipe = load_pipeline(cfg.weights, cfg.device)
     subject, (training, validation, test) = load_subject(cfg, pipe.image_size)
     check_texts(pipe, subject, [*training, *validation, *test])
     further = ImageJudge(cfg.image_encoder, subject.references) if cfg.image_encoder else None
