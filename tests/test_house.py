@@ -264,3 +264,14 @@ def test_the_faults_that_mutate_injects_have_their_place(name, old, new):
     """Not among the kernels' own tests: there it would fail for every fault, and hide whether they notice it."""
     text = (ROOT / "minipref" / "kernels" / f"{name}.py").read_text(encoding="utf-8")
     assert text.count(old) == 1 and old != new
+
+
+def test_mutate_knows_every_file_that_is_a_paper_and_its_tests():
+    papers = ["diffusion", "reward_model", "rewards", "losses", "metrics"]
+    specifications = ["kernels/ddim_step_logprob", "kernels/preference_loss"]
+    assert mutate.FILES == [f"{name}.py" for name in papers + specifications]
+    for name, tests in mutate.TESTS.items():
+        assert (ROOT / "minipref" / name).is_file() and all((ROOT / "tests" / t).is_file() for t in tests)
+    for name, definitions in mutate.SPECIFICATIONS.items():
+        text = (ROOT / "minipref" / name).read_text(encoding="utf-8")
+        assert name in mutate.FILES and all(f"def {d}(" in text for d in definitions)

@@ -88,7 +88,7 @@ def test_samples_can_be_selected_from_a_condition_with_all_that_belongs_to_them(
     assert torch.equal(part.mask, m[[2, 0]]) and torch.equal(part.masked, 2 * m[[2, 0]])
     assert torch.equal(part.empty, -text[[2, 0]]) and condition(2)[:1].mask is None
     one = Condition(text[:1].expand(3, -1, -1), mask=m, empty=-text)  # one text for all
-    for index in (torch.tensor([2, 0, 1, 0]), slice(0, 2), [1, 2]):
+    for index in (torch.tensor([2, 0, 1, 0]), torch.tensor([False, True, True]), slice(0, 2), [1, 2]):
         few = one[index]
         assert torch.equal(few.mask, m[index]) and torch.equal(few.empty, -text[index]) and few.masked is None
         assert torch.equal(few.context, text[:1].repeat(len(m[index]), 1, 1))

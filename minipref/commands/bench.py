@@ -129,10 +129,11 @@ def iteration(
     last, n = trajectory.latents[:, -1].float(), trajectory.latents[0, 0].numel()
     advantage = F.normalize(last.flatten(1).mean(1) - last.mean(), dim=0) * B**0.5
     scored, samples = trajectory.scored.nonzero()[:, 0], torch.arange(B)
-    for step in scored[:train_steps]:
+    chosen = scored[:train_steps]
+    for step in chosen:
         log_prob, _, _ = replay(unet, schedule, trajectory, condition, samples, step.expand(B), eta=1.0)
         loss, _, _ = clipped_surrogate(log_prob, trajectory.log_probs[:, step], advantage, clip_range=1.0, n=n)
-        (loss / train_steps).backward()
+        (loss / len(chosen)).backward()
     gradients = torch.cat([p.grad.detach().float().flatten() for p in policy.parameters() if p.grad is not None])
     torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     optimiser.step()

@@ -36,7 +36,7 @@ from ..toy import world as S
 @dataclass(frozen=True)
 class PretrainConfig:
     preset: str = opt("", "named set of values; flags override it")
-    out: str = opt("runs/pretrain-small", "folder for unet.pt and clip.pt")
+    out: str = opt("", "folder for unet.pt and clip.pt; empty: runs/pretrain-small")
     seed: int = opt(0, "seed of weights, scenes and noise", lo=0, hi=999_999)
     only: str = opt(
         "all",
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     pick_device(cfg.device)
-    out = Path(cfg.out)
+    out = Path(cfg.out or f"runs/pretrain-{cfg.preset}")
     if cfg.start_from and cfg.only not in ("clip", "unet"):
         raise ValueError("--start-from needs --only clip or --only unet (which reads the clip.pt in --out)")
     if cfg.start_from and out.resolve() == Path(cfg.start_from).resolve():

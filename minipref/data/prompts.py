@@ -53,7 +53,9 @@ class Prompts:
 
     @property
     def masked(self) -> Tensor:
-        """The pictures with their holes in grey, (B, 3, H, W)."""
+        """The pictures with their holes in grey, (B, 3, H, W); ValueError where there are texts alone."""
+        if self.images is None:
+            raise ValueError("these prompts are texts alone: there is no picture with a hole")
         return M.mask_image(self.images, self.masks)
 
     def select(self, index) -> Prompts:

@@ -52,8 +52,8 @@ def use_triton(
 
 
 class Decision:
-    """Whether the input of a module takes the fused form, `decide(x)`: asked once for each kind of input (shape of a
-    sample, dtype, device), not at every pass."""
+    """Whether the input of a module takes the fused form, `decide(x)`: asked again only when the kind of input (shape
+    of a sample, dtype, device) is another than at the last pass."""
 
     def __init__(self, decide: Callable[[Tensor], bool]):
         self.decide, self.kind, self.answer = decide, None, False

@@ -194,7 +194,7 @@ def ddim_step_logprob(
 
     model_output, x_t, noise, x_prev (B, C, H, W); k_x, k_out, sigma (B,) fp32 or fp64 from `Schedule.coefficients`.
     `gaussian`: what `step_gaussian` gives, where it is at hand. Where sigma = 0 the step has no density: its log p is
-    NaN (or, fused, not finite). The fused form has no gradient by x_t and none by x_prev where it is drawn; where one
+    NaN (or, fused, not finite). The fused form has no gradient by x_t and x_prev; where one
     is wanted, "auto" takes PyTorch.
     """
     if (noise is None) == (x_prev is None):
@@ -205,7 +205,13 @@ def ddim_step_logprob(
     given = noise if x_prev is None else x_prev
     assert given is not None
     wants = torch.is_grad_enabled()
-    constants = [k_x, k_out, sigma, *([x_t] if wants else []), *([model_output] if wants and x_prev is None else [])]
+    constants = [
+        k_x,
+        k_out,
+        sigma,
+        *([x_t] if wants else []),
+        *([model_output if x_prev is None else x_prev] if wants else []),
+    ]
     if use_triton(impl, "ddim_step_logprob", [x_t, model_output, given], large(x_t), constants):
         k_x, k_out, sigma = (v.to(full_dtype(x_t)).to(x_t.device, non_blocking=True) for v in (k_x, k_out, sigma))
         keep = wants and model_output.requires_grad

@@ -110,6 +110,11 @@ def pays(h: Tensor) -> bool:
     return large(h)
 
 
+def fuses(h: Tensor) -> bool:
+    """Whether "auto" takes the fused form for h."""
+    return use_triton("auto", "geglu", [h], pays(h))
+
+
 def geglu(h: Tensor, *, impl: str = "auto") -> Tensor:
     """h (…, 2n), n values and their n gates -> values·gelu(gates), (…, n)."""
     if h.shape[-1] % 2:

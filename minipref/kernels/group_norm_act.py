@@ -241,6 +241,11 @@ def pays(x: Tensor) -> bool:
     return x.ndim == 4 and large(x, SPLIT)
 
 
+def fuses(x: Tensor) -> bool:
+    """Whether "auto" takes the fused form for x."""
+    return use_triton("auto", "group_norm_act", [x], pays(x))
+
+
 def group_norm_act(
     x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float = 1e-5, act: str = "silu", *, impl: str = "auto"
 ) -> Tensor:

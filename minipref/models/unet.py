@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..kernels import geglu, group_norm_act
 from ..kernels.common import Decision
-from ..kernels.geglu import pays as geglu_pays
-from ..kernels.group_norm_act import pays as group_norm_pays
+from ..kernels.geglu import fuses as geglu_fuses
+from ..kernels.group_norm_act import fuses as group_norm_fuses
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class GroupNormAct(nn.GroupNorm):
 
     def __init__(self, groups: int, channels: int, eps: float, act: str = "silu"):
         super().__init__(groups, channels, eps)
-        self.act, self.fused = act, Decision(group_norm_pays)
+        self.act, self.fused = act, Decision(group_norm_fuses)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused(x):
@@ -154,7 +154,7 @@ class GEGLU(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.proj = nn.Linear(dim, 2 * hidden)
-        self.fused = Decision(geglu_pays)
+        self.fused = Decision(geglu_fuses)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.proj(x)
