@@ -32,7 +32,7 @@ from minipref.pipeline import Pipeline, Sampling
 from minipref.presets import SMALL_FEATURES
 from minipref.reward_model import Calibration, Judged, LearnedReward
 from minipref.runs import RENAMED, load_pipeline, load_run
-from minipref.runtime.config import opt, parse, run_main
+from minipref.runtime.config import opt, parse, printable, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import raters as toy_raters
 from minipref.toy import world as toy_world
@@ -218,7 +218,7 @@ def read(folder: str | Path, cfg: RewardConfig, pipe: Pipeline) -> tuple[Ratings
 
 
 def describe(rated: Ratings, problems: list[str]) -> None:
-    print("".join(f"left out: {line}\n" for line in problems[:5]), end="")
+    print("".join(f"left out: {printable(line)}\n" for line in problems[:5]), end="")
     print(f"{len(rated)} rated pictures of {len(rated.groups.unique())} prompts; {len(problems)} left out")
     if problems:
         print("python -m minipref check-data lists all that is wrong")
@@ -308,6 +308,7 @@ def solve(features: Any, r: Ratings, norms: dict, cfg: RewardConfig) -> tuple[Le
         label_norms=norms,
         noise_scale=cfg.noise_scale or max(x for x in noise.values() if math.isfinite(x)),
         psi_norm=cfg.psi_norm or float(ridge.psi.norm()),
+        delta=cfg.delta,
     )
     return LearnedReward(features, ridge, calibration), noise
 

@@ -31,7 +31,7 @@ from minipref.reward_model import Scores
 from minipref.rewards import CheckedReward, Reward, load_reward
 from minipref.runs import RENAMED, load_pipeline
 from minipref.runtime import checkpoint
-from minipref.runtime.config import opt, parse, run_main
+from minipref.runtime.config import opt, parse, printable, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import raters as toy_raters
 from minipref.toy import world as toy_world
@@ -239,7 +239,7 @@ def prompt_sources(cfg: RLConfig, size: int) -> tuple[PromptSource, PromptSource
     if not cfg.data:  # prompts of the toy world
         return toy_world.prompt_source("rl", cfg.seed, size), toy_world.prompt_source("held out", cfg.held_out, size)
     training, held_out, lines = picture_sources(cfg.data, size, cfg.seed, cfg.held_out)
-    print("\n".join(lines))
+    print("\n".join(map(printable, lines)))
     return training, held_out
 
 

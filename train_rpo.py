@@ -28,7 +28,7 @@ from minipref.pipeline import Pipeline, Sampling
 from minipref.rewards import ImageJudge, SubjectReward, arithmetic, harmonic, stripped
 from minipref.runs import RENAMED, load_pipeline
 from minipref.runtime import checkpoint
-from minipref.runtime.config import opt, parse, run_main
+from minipref.runtime.config import opt, parse, printable, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import judge as toy_judge
 from minipref.toy import subjects as toy_subjects
@@ -273,8 +273,8 @@ def load_subject(cfg: RPOConfig, size: int) -> tuple[Subject, list[list[SubjectP
         subject = toy_subjects.toy_subject(cfg.subject, size)
         prompts = toy_subjects.prompt_lists(subject, cfg.seed, counts)
     for line in skipped:
-        print(f"skipped {line}")
-    print(f"{subject.name}: {len(subject.references)} references, class {subject.class_name}")
+        print(printable(f"skipped {line}"))
+    print(f"{printable(subject.name)}: {len(subject.references)} references, class {subject.class_name}")
     return subject, prompts
 
 
@@ -282,7 +282,8 @@ def check_texts(pipe: Pipeline, subject: Subject, prompts: list[SubjectPrompt]) 
     """Refuses prompts that the text encoder would cut; names words that it has never seen."""
     texts = [instance_prompt(subject.class_name), *(p.text for p in prompts)]
     if long := [t for t in texts if pipe.tokenizer.left_out(t)]:
-        raise ValueError(f"{long[0]!r}: the text encoder reads {pipe.tokenizer.max_length - 2} words; shorten it")
+        words = pipe.tokenizer.max_length - 2
+        raise ValueError(f"prompt {long[0][:150]!r}: the text encoder reads {words} words; shorten it")
     if unknown := dict.fromkeys(pipe.tokenizer.unknown(" ".join(texts))):
         print(f"the text encoder has never seen: {', '.join(unknown)}; likeness to such a prompt means little")
 

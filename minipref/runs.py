@@ -61,7 +61,8 @@ def judged_by(folder: str | Path) -> str:
     log = Path(folder) / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().split("\n") if log.is_file() else []
     stopped = bool(lines) and '"stopped": true' in lines[-1]
-    only_best = not (Path(folder) / "last.pt").is_file()  # stopped by hand before the first evaluation
+    there = [(Path(folder) / f"{name}.pt").is_file() for name in ("last", "best")]
+    only_best = there == [False, True]  # stopped by hand before the first evaluation
     return "best" if stopped or only_best or read_config(folder)["script"] == "train_rpo.py" else "last"
 
 

@@ -264,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     known = RPO if cfg.study == "rpo" else RL
     chosen = [n.strip() for n in cfg.only.split(";") if n.strip()] or list(known)
     if unknown := [n for n in chosen if n not in known]:
-        raise ValueError(f"--only: knows no variant {unknown[0]!r}; there are {'; '.join(known)}")
+        some = "; ".join(list(known)[:3])
+        raise ValueError(f"--only: knows no variant {unknown[0][:60]!r}; this file lists {len(known)}, such as {some}")
     own = ClaimsConfig()
     if cfg.study == "rl" and (cfg.subjects, cfg.first_subject) != (own.subjects, own.first_subject):
         raise ValueError("--subjects, --first-subject: belong to --study rpo")
@@ -277,6 +278,8 @@ def main(argv: list[str] | None = None) -> None:
     if taken := [flag for flag in given if flag in OWN]:
         raise ValueError(f"--flags: {taken[0]} is the study's to set")
     out, made_by = Path(cfg.out), provenance()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is no folder")
     out.mkdir(parents=True, exist_ok=True)
     before = out / "provenance.txt"
     if before.exists() and before.read_text() != made_by:

@@ -285,6 +285,14 @@ def main(argv: list[str] | None = None) -> None:
             f"--out {out}: holds the {UNFINISHED} of a training that was stopped; name another folder, and train on "
             f"from it by --only unet --start-from {out} (with a copy of its clip.pt), or move it away"
         )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is no folder")
+    if cfg.only == "unet":  # what cannot be trained is refused before anything is written
+        load_clip(out / "clip.pt")
+    if cfg.start_from:
+        names = ["clip.pt"] if cfg.only == "clip" else ["unet.pt", UNFINISHED]
+        if not any((Path(cfg.start_from) / name).is_file() for name in names):
+            raise FileNotFoundError(f"--start-from {cfg.start_from}: {cfg.start_from}/{names[0]} is missing")
     out.mkdir(parents=True, exist_ok=True)
     figures, command = read_json(out / "pretrain.json"), shlex.join(sys.argv[1:] if argv is None else argv)
     for part, train in (("clip", train_clip), ("unet", train_unet)):

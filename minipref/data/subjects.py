@@ -86,7 +86,7 @@ def dreambench_prompts(path: Path, live: bool) -> list[str]:
         raise ValueError(f"{path}: its section {wanted} Prompts lists no prompt")
     prompts = [p.replace("{0} {1}", "{}") for p in formats]
     for p in prompts:
-        if re.sub(r"[^{}]", "", p) != "{}":
+        if p.count("{}") != 1 or re.search(r"[{}]", p.replace("{}", "")):
             raise ValueError(f"{path}: the prompt {p!r} should hold '{{0}} {{1}}', token and class, once")
     return prompts
 

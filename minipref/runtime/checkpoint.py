@@ -129,7 +129,12 @@ def save(
         for k, v in state.items()
     }
     content = {"kind": kind, "config": config, "state": tensors, "meta": meta or {}}
-    atomic_write(path, lambda p: torch.save(content, p))
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as f:  # given a path, torch would put its random name into the file
+            torch.save(content, f)
+
+    atomic_write(path, write)
 
 
 def load(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict]:
