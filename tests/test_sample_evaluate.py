@@ -204,6 +204,7 @@ def test_evaluate_draws_every_sample_of_either_model_with_noise_of_its_own(run):
 # ------------------------------------------------------------------------------------------------ runs of before 0.2
 
 
+NEWER = ("script", "versions", "preset", "reward_batch")  # keys that no run of then has
 OLD_RL = """weights data reward out seed epochs prompts samples steps eta train_steps updates lr weight_decay grad_clip
  clip_range trust kl_weight guard ema micro_batch eval_every eval_prompts win_prompts held_out device threads"""
 OLD_RPO = {
@@ -234,7 +235,7 @@ def test_a_run_of_train_rl_from_before_0_2_opens_as_it_did(run, tmp_path):
         shutil.copytree(run[0], folder)
     names = {"sampling_steps": "steps", "updates_per_epoch": "updates"}
     config = json.loads((new / "config.json").read_text())
-    config = {names.get(k, k): v for k, v in config.items() if k not in ("script", "versions", "preset")}
+    config = {names.get(k, k): v for k, v in config.items() if k not in NEWER}
     assert sorted(config) == sorted(OLD_RL.split()) and config["steps"] == 3
     (old / "config.json").write_text(json.dumps(config))
     assert written(tmp_path, old) == written(tmp_path, new)
