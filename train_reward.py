@@ -52,7 +52,7 @@ class RewardConfig:
     second_round: str = opt("", "folder of an RL run whose policy's completions are rated and added")
     second_round_prompts: int = opt(300, "prompts of the second round", lo=8)
     out: str = opt("", "run folder; empty: runs/reward-small, or the next free name")
-    prompts: int = opt(12_000, "toy prompts that are completed and rated", lo=20)
+    prompts: int = opt(17_000, "toy prompts that are completed and rated", lo=20)
     samples: int = opt(3, "completions per prompt, beside two that are spoilt or mended on purpose", lo=2)
     sampling_steps: int = opt(50, "DDIM steps per completion; as in RL", lo=2, hi=1000)
     # the features
@@ -66,7 +66,7 @@ class RewardConfig:
     bins: int = opt(7, "number of bins of --objective bins, each with as many ratings", lo=2, hi=50)
     epochs: int = opt(40, "passes over the first split", lo=1)
     batch_size: int = opt(5, "rated pictures per batch", lo=2)
-    lr: float = opt(1e-5, "peak learning rate of AdamW; the toy's clip wants 5e-4", lo=0)
+    lr: float = opt(1e-5, "peak learning rate of AdamW; 0: 1.5e-3 for conv, 5e-4 for clip", lo=0)
     dim: int = opt(256, "d, length of the feature z", lo=1, hi=65_536)
     # the last layer, its bound and its trust
     lam: float = opt(0.01, "lam, ridge penalty of the last layer", lo=1e-9)
@@ -94,20 +94,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sampling_steps": 6,
         "features": "conv",  # CLIP normalises, and loses texture at a few pixels
         "batch_size": 32,
-        "lr": 1.5e-3,
+        "lr": 0.0,  # by the kind of features
         "dim": 64,
         "trust": "quantiles",  # the paper's constants belong to the scale of its own norm
         "trust_lo": 0.0,
         "trust_hi": 1e9,
     }
 }
+TOY_LR = {"conv": 1.5e-3, "clip": 5e-4}  # peak learning rates for few ratings and small pictures
 RIVALS: dict[str, dict[str, Any]] = {
-    "convolutional, scores": {"features": "conv", "objective": "regression", "lr": 1.5e-3},
-    "convolutional, pairs": {"features": "conv", "objective": "pairs", "lr": 1.5e-3},
-    "convolutional, bins": {"features": "conv", "objective": "bins", "lr": 1.5e-3},
-    "CLIP frozen, scores": {"features": "clip", "objective": "regression", "freeze": 1.0, "lr": 5e-4},
-    "CLIP 0.7 frozen, scores": {"features": "clip", "objective": "regression", "freeze": 0.7, "lr": 5e-4},
-    "CLIP free, scores": {"features": "clip", "objective": "regression", "freeze": 0.0, "lr": 5e-4},
+    "convolutional, scores": {"features": "conv", "objective": "regression"},
+    "convolutional, pairs": {"features": "conv", "objective": "pairs"},
+    "convolutional, bins": {"features": "conv", "objective": "bins"},
+    "CLIP frozen, scores": {"features": "clip", "objective": "regression", "freeze": 1.0},
+    "CLIP 0.7 frozen, scores": {"features": "clip", "objective": "regression", "freeze": 0.7},
+    "CLIP free, scores": {"features": "clip", "objective": "regression", "freeze": 0.0},
 }
 COMPARED = ("pair_accuracy", "within_prompt_correlation", "spearman", "r2")
 ON_POLICY = ("mean_error_on_scale", "spearman", "within_prompt_correlation")
@@ -121,7 +122,7 @@ def main() -> None:
         raise ValueError(f"--trust-lo {cfg.trust_lo:g} --trust-hi {cfg.trust_hi:g}: the first must not be larger")
     started = time.time()
     pipe = load_pipeline(cfg.weights, cfg.device)
-    names = [n for n in f"{cfg.policies},{cfg.second_round}".split(",") if n]
+    names = [n for n in [*cfg.policies.split(","), cfg.second_round] if n]
     runs = {name: load_run(name, "", cfg.device) for name in names}
     if cfg.ratings:  # what cannot be learned from is refused before anything is written
         rated, problems, split = read(cfg.ratings, cfg, pipe)
@@ -132,6 +133,7 @@ def main() -> None:
     if not cfg.ratings or names:
         toy_world.check_size(pipe.image_size)
     run = RunFolder(cfg.out, f"runs/reward-{cfg.preset}", asdict(cfg), SCRIPT)
+    print(f"this run writes to {run.path}")
 
     # 1. Rate: yours, or completions of the base model, rated and written to disk, then read back like yours.
     sampling, folder = Sampling(cfg.sampling_steps), cfg.ratings or run.path / "ratings"
@@ -250,7 +252,8 @@ def fit_features(
     last = nn.Linear(dim, bins, bias=bins > 1)
     edges = y.double().quantile(torch.linspace(0, 1, cfg.bins + 1, dtype=torch.float64)[1:-1]).float()
     trained = [p for p in [*features.parameters(), *last.parameters()] if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.01, fused=True)
+    peak = cfg.lr or TOY_LR[cfg.features]
+    optimiser = torch.optim.AdamW(trained, lr=peak, weight_decay=0.01, fused=True)
     masked, masks = r.prompts.masked, r.prompts.masks
     per_epoch = -(-len(y) // cfg.batch_size)
     for epoch in progress(range(cfg.epochs), "reward features"):
@@ -262,7 +265,7 @@ def fit_features(
         for k, at in enumerate(order.split(cfg.batch_size)):
             done = (epoch * per_epoch + k) / (cfg.epochs * per_epoch)
             warm = min(1.0, (epoch * per_epoch + k + 1) / 50)
-            optimiser.param_groups[0]["lr"] = cfg.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
+            optimiser.param_groups[0]["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * done))
             turned = (lambda x: x.flip(-1)) if (epoch + k) % 2 else (lambda x: x)  # mirrored every other time
             guess = last(features(*(turned(x[at]) for x in (r.images, masked, masks))))
             if cfg.objective == "regression":
@@ -297,7 +300,7 @@ def solve(features: Any, r: Ratings, norms: dict, cfg: RewardConfig) -> tuple[Le
     noise = {"noise_scale_raters": repeated, "noise_scale_residual": ridge.noise_from_residuals(z, y)}
     kind = "theorem" if cfg.trust == "quantiles" else "paper"
     norm = ridge.left_out_norm(ridge.norm(z))
-    k, b = reward_model.trust_from_quantiles(norm) if cfg.trust == "quantiles" else (0.05, 0.7)
+    k, b = reward_model.trust_from_quantiles(norm) if cfg.trust == "quantiles" else reward_model.PAPER_TRUST
     calibration = Calibration(
         k,
         b,
@@ -351,7 +354,7 @@ def compare(split: dict[str, Ratings], cfg: RewardConfig, pipe: Pipeline, path: 
     lines = ["| features, objective | " + " | ".join(COMPARED) + " | seconds |", "|---" * (len(COMPARED) + 2) + "|"]
     for name, changes in RIVALS.items():
         start = time.time()
-        model, _ = fit(split, replace(cfg, **changes), pipe)
+        model, _ = fit(split, replace(cfg, lr=0.0, **changes), pipe)
         figures = judge(model, split["judge"], cfg).figures
         cells = [f"{figures[k]:.3f}" for k in COMPARED]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {time.time() - start:.0f} |")

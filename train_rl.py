@@ -112,6 +112,7 @@ def main() -> None:
     before = pipe.complete(pipe.unet, curve_prompts, sampling, seed=cfg.seed, stream="curves")
     reward.try_out(before, curve_prompts)  # a reward that cannot be used is refused before anything is written
     run = RunFolder(cfg.out, f"runs/rl-{cfg.preset}", asdict(cfg) | whole_paths(cfg), SCRIPT)
+    print(f"this run writes to {run.path}")
 
     base, policy = pipe.unet.requires_grad_(False), copy.deepcopy(pipe.unet).requires_grad_(True)
     average = copy.deepcopy(policy).requires_grad_(False)

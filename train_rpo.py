@@ -120,6 +120,7 @@ def main() -> None:
     further = ImageJudge(cfg.image_encoder, subject.references) if cfg.image_encoder else None
     pipe.schedule.timesteps(cfg.sampling_steps)  # refused before anything is written
     run = RunFolder(cfg.out, f"runs/rpo-{cfg.preset}", asdict(cfg), SCRIPT)
+    print(f"this run writes to {run.path}")
     reward = SubjectReward(pipe.clip, pipe.tokenizer, subject.references)
     sampling, seed = Sampling(cfg.sampling_steps, cfg.eta, cfg.guidance), 1000 * cfg.seed + cfg.subject
     torch.manual_seed(seed)

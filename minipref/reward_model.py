@@ -126,6 +126,9 @@ def ridge_fit(Z: Tensor, y: Tensor, lam: float) -> Ridge:
     return Ridge(psi, L.contiguous(), lam)
 
 
+PAPER_TRUST = 0.05, 0.7  # k and b (PrefPaint Eqs. 11-12), for the paper's own norm
+
+
 def trust_weight(norm: Tensor, k: float, b: float, lo: float = 0.0, hi: float = math.inf) -> Tensor:
     """gamma = exp(−k·‖z‖_V⁻¹ + b), clamped to [lo, hi] (PrefPaint Eqs. 11–12). The paper: k 0.05, b 0.7."""
     return torch.exp(-k * norm + b).clamp(lo, hi)

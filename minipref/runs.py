@@ -24,6 +24,7 @@ RENAMED: dict[str, dict[str, str]] = {
         "steps": "sampling_steps", "batch": "batch_size",
         "resume_with": "second_round", "second_prompts": "second_round_prompts",
     },
+    "pretrain": dict.fromkeys(("reward_prompts", "reward_dim"), "gone: train_reward.py makes the reward model"),
     "sample": {"steps": "sampling_steps"},
     "evaluate": {"steps": "sampling_steps"},
     "bench": {"steps": "sampling_steps", "batch": "batch_size"},

@@ -214,6 +214,8 @@ def test_arrival_is_interpolated_and_says_whether_it_ever_comes():
     assert claims.arrival(rows, 0.25) == (5, True) and claims.arrival(rows, 0.0) == (0, True)
     assert claims.arrival(rows, 0.7) == (pytest.approx(25), True)
     assert claims.arrival(rows, 1.0) == (30, True)
+    falls = [{"epoch": e, "eval_reward": r} for e, r in ((0, 1.0), (10, 0.5), (20, 1.0))]
+    assert claims.arrival(falls, 0.9) == (0, True)  # it was there before it fell
     assert claims.arrival(rows, 2.0) == (30, False) == claims.arrival(rows, 1.0 + 1e-9)
 
 

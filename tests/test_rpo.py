@@ -163,6 +163,16 @@ def dark(images):
     return torch.zeros(len(images), 2)
 
 
+def one_dark(images):
+    """One picture without an embedding; every axis has one from another picture."""
+    return torch.eye(2).repeat(len(images), 1)[: len(images)] * torch.tensor([0.0] + [1.0] * (len(images) - 1))[:, None]
+
+
+def one_axis(images):
+    """A good encoder that leaves an axis unused."""
+    return torch.tensor([[1.0, 0.0]]).repeat(len(images), 1)
+
+
 def test_a_further_encoder_gives_the_mean_cosine_of_pictures_and_references(monkeypatch):
     """Three references are the axes; pictures of ones have the cosine 1/√3 with each, however many there are."""
     monkeypatch.setitem(sys.modules, "my_encoder", sys.modules[__name__])
@@ -178,6 +188,7 @@ def test_a_further_encoder_gives_the_mean_cosine_of_pictures_and_references(monk
         ("no_embedding", r"my_encoder:no_embedding: gave \(\), expected \(4, D\), finite and no row all zero"),
         ("raising", "my_encoder:raising: raised RuntimeError: mat1 and mat2"),
         ("dark", r"my_encoder:dark: gave \(4, 2\), expected \(4, D\), finite and no row all zero"),
+        ("one_dark", r"my_encoder:one_dark: gave \(4, 2\), expected \(4, D\), finite and no row all zero"),
         ("nowhere", "my_encoder:nowhere: cannot be imported"),
     ],
 )
@@ -185,6 +196,11 @@ def test_an_encoder_that_gives_no_embeddings_is_refused_by_name(monkeypatch, enc
     monkeypatch.setitem(sys.modules, "my_encoder", sys.modules[__name__])
     with pytest.raises(ValueError, match=said):
         ImageJudge(f"my_encoder:{encoder}", torch.ones(4, 3, 8, 8))
+
+
+def test_an_encoder_may_leave_an_axis_unused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_encoder", sys.modules[__name__])
+    assert ImageJudge("my_encoder:one_axis", torch.ones(4, 3, 8, 8))(torch.ones(2, 3, 8, 8)) == pytest.approx(1)
 
 
 def test_an_encoder_whose_embeddings_change_their_length_is_refused(monkeypatch):

@@ -229,9 +229,11 @@ def table(found: Summaries) -> str:
 def arrival(rows: list[dict], goal: float) -> tuple[float, bool]:
     """The epoch, interpolated, at which the held-out reward first reaches `goal`, and True; else the last and False."""
     seen = [(r["epoch"], r["eval_reward"]) for r in rows if "eval_reward" in r]
+    if seen[0][1] >= goal:
+        return float(seen[0][0]), True
     for (e0, r0), (e1, r1) in zip(seen, seen[1:]):
         if r1 >= goal:
-            return (e0 + (e1 - e0) * max(0.0, (goal - r0) / (r1 - r0)) if r1 > r0 else float(e0)), True
+            return e0 + (e1 - e0) * (goal - r0) / (r1 - r0), True
     return float(seen[-1][0]), False
 
 

@@ -64,7 +64,7 @@ def table(judge: str, base: Tensor, rival: Tensor, aligned: Tensor, sizes: list[
 def base_report(cfg: EvaluateConfig) -> str:
     """In how many pictures the background, and shape and colours of each thing, are those that the caption names.
 
-    By template (data/recognise.py), as Markdown: captions as in training, which name each attribute part of the time,
+    By template (toy/judge.py), as Markdown: captions as in training, which name each attribute part of the time,
     and captions that name all. They are of a held-out world; of simple scenes, training has seen most (there are few).
     """
     pipe, seed = load_pipeline(cfg.weights, cfg.device), max(cfg.seed, 0)

@@ -27,6 +27,7 @@ from ..models.tokenizer import WordTokenizer
 from ..models.unet import UNet
 from ..pipeline import check_text, load_clip, load_unet, pick_device, text_digest
 from ..presets import SMALL_CODEC, SMALL_SCHEDULE, SMALL_SIZE, SMALL_UNET, small_clip
+from ..runs import RENAMED
 from ..runtime import checkpoint
 from ..runtime.config import opt, parse
 from ..runtime.runlog import progress, read_json
@@ -268,7 +269,14 @@ def train_unet(cfg: PretrainConfig, out: Path, command: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(PretrainConfig, argv, prog="python -m minipref pretrain", description=__doc__ or "", presets=PRESETS)
+    cfg = parse(
+        PretrainConfig,
+        argv,
+        prog="python -m minipref pretrain",
+        description=__doc__ or "",
+        presets=PRESETS,
+        renamed=RENAMED["pretrain"],
+    )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     pick_device(cfg.device)

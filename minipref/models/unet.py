@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import geglu, group_norm_act
+from ..kernels import geglu
 from ..kernels.common import Decision
 from ..kernels.geglu import fuses as geglu_fuses
 from ..kernels.group_norm_act import fuses as group_norm_fuses
@@ -99,7 +99,7 @@ class GroupNormAct(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if self.fused(x):
             a, b = (v.expand(len(x), -1) for v in (self.weight, self.bias))
-            return group_norm_act(x, a, b, self.num_groups, self.eps, self.act)
+            return torch.ops.minipref.group_norm_act(x, a, b, self.num_groups, self.eps, self.act == "silu")[0]
         return F.silu(super().forward(x)) if self.act == "silu" else super().forward(x)
 
 
@@ -158,7 +158,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.proj(x)
-        return geglu(h, impl="auto" if self.fused(h) else "torch")
+        return torch.ops.minipref.geglu(h) if self.fused(h) else geglu(h, impl="torch")
 
 
 class FeedForward(nn.Module):

@@ -99,7 +99,7 @@ def parse(
     for flag in (a.partition("=")[0] for a in (sys.argv[1:] if argv is None else argv)):
         old = flag[2:].replace("-", "_") if flag.startswith("--") else ""
         if old not in own and (new := (renamed or {}).get(old.removeprefix("no_"))):
-            parser.exit(2, f"{prog}: {flag}: now --{new.replace('_', '-')}\n")
+            parser.exit(2, f"{prog}: {flag}: {new if ' ' in new else 'now --' + new.replace('_', '-')}\n")
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if value == "":  # a shell variable that is not set, most often
