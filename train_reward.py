@@ -31,8 +31,8 @@ from minipref.models.unet import UNet
 from minipref.pipeline import Pipeline, Sampling
 from minipref.presets import SMALL_FEATURES
 from minipref.reward_model import Calibration, Judged, LearnedReward
-from minipref.runs import RENAMED, load_run
-from minipref.runtime.config import opt, parse, run_main
+from minipref.runs import RENAMED, load_pipeline, load_run
+from minipref.runtime.config import opt, parse, printable, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import raters as toy_raters
 from minipref.toy import world as toy_world
@@ -45,7 +45,7 @@ class RewardConfig:
     preset: str = opt("", "named set of values; flags override it")
     seed: int = opt(0, "seed of prompts, noise, raters, splits and weights", lo=0, hi=999_999)
     # the ratings
-    weights: str = opt("", "folder with unet.pt and clip.pt; empty: the shipped small ones")
+    weights: str = opt("", "folder with unet.pt and clip.pt, or a run to start from; empty: the shipped small ones")
     ratings: str = opt("", "folder of ratings of your own; empty: toy completions, rated by simulated raters")
     score_lo: float = opt(LOWEST, "lowest score of the raters' scale", lo=-1e9)
     score_hi: float = opt(HIGHEST, "highest score of the raters' scale", lo=-1e9)
@@ -121,7 +121,7 @@ def main() -> None:
     if cfg.trust_lo > cfg.trust_hi:
         raise ValueError(f"--trust-lo {cfg.trust_lo:g} --trust-hi {cfg.trust_hi:g}: the first must not be larger")
     started = time.time()
-    pipe = Pipeline.load(cfg.weights, cfg.device)
+    pipe = load_pipeline(cfg.weights, cfg.device)
     names = [n for n in [*cfg.policies.split(","), cfg.second_round] if n]
     runs = {name: load_run(name, "", cfg.device) for name in names}
     if cfg.ratings:  # what cannot be learned from is refused before anything is written
@@ -220,7 +220,7 @@ def read(folder: str | Path, cfg: RewardConfig, pipe: Pipeline) -> tuple[Ratings
 
 
 def describe(rated: Ratings, problems: list[str]) -> None:
-    print("".join(f"left out: {line}\n" for line in problems[:5]), end="")
+    print("".join(f"left out: {printable(line)}\n" for line in problems[:5]), end="")
     print(f"{len(rated)} rated pictures of {len(rated.groups.unique())} prompts; {len(problems)} left out")
     if problems:
         print("python -m minipref check-data lists all that is wrong")
@@ -311,6 +311,7 @@ def solve(features: Any, r: Ratings, norms: dict, cfg: RewardConfig) -> tuple[Le
         label_norms=norms,
         noise_scale=cfg.noise_scale or max(x for x in noise.values() if math.isfinite(x)),
         psi_norm=cfg.psi_norm or float(ridge.psi.norm()),
+        delta=cfg.delta,
     )
     return LearnedReward(features, ridge, calibration), noise
 

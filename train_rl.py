@@ -29,9 +29,9 @@ from minipref.losses import advantages, clipped_surrogate, gaussian_kl
 from minipref.pipeline import Pipeline, Sampling
 from minipref.reward_model import Scores
 from minipref.rewards import CheckedReward, Reward, load_reward
-from minipref.runs import RENAMED
+from minipref.runs import RENAMED, load_pipeline
 from minipref.runtime import checkpoint
-from minipref.runtime.config import opt, parse, run_main
+from minipref.runtime.config import opt, parse, printable, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import raters as toy_raters
 from minipref.toy import world as toy_world
@@ -43,7 +43,7 @@ SCRIPT = "train_rl.py"
 class RLConfig:
     # what is aligned, with what
     preset: str = opt("", "named set of values; flags override it")
-    weights: str = opt("", "folder with unet.pt, clip.pt, reward.pt; empty: the shipped small ones")
+    weights: str = opt("", "folder with unet.pt and clip.pt, or a run to train on from; empty: the shipped small ones")
     data: str = opt("", "folder of your own pictures as prompts; empty: toy scenes")
     reward: str = opt("model", "model, model:RUN, clip:TEXT, brightness, jpeg_size, gold, a*x+b*y, module:function …")
     out: str = opt("", "run folder; empty: runs/rl-small, or the next free name")
@@ -71,6 +71,7 @@ class RLConfig:
     ema: float = opt(0.0, "decay of the averaged weights, which are evaluated and saved; 0: none", lo=0, hi=0.9999)
     micro_batch: int = opt(16, "steps per backward pass; smaller needs less memory and gives the same gradient", lo=1)
     # what is logged
+    reward_batch: int = opt(64, "the most pictures that the reward is given at a time", lo=1, hi=100_000)
     eval_every: int = opt(5, "epochs between evaluations", lo=1)
     eval_prompts: int = opt(64, "number of fixed held-out prompts of the curves", lo=8)
     win_prompts: int = opt(256, "number of held-out prompts of the final WinRate", lo=8)
@@ -104,12 +105,12 @@ def main() -> None:
     cfg = parse(RLConfig, None, prog=SCRIPT, description=__doc__ or "", presets=PRESETS, renamed=RENAMED[SCRIPT])
     check(cfg)
     started = time.time()
-    pipe = Pipeline.load(cfg.weights, cfg.device)
-    reward = load_reward(cfg.reward, pipe, EXTRA_REWARDS)
+    pipe = load_pipeline(cfg.weights, cfg.device)
+    reward = load_reward(cfg.reward, pipe, EXTRA_REWARDS, batch_size=cfg.reward_batch)
     training_prompts, held_out_prompts = prompt_sources(cfg, pipe.image_size)
     curve_prompts, sampling = held_out_prompts(0, cfg.eval_prompts), Sampling(cfg.sampling_steps, cfg.eta)
     before = pipe.complete(pipe.unet, curve_prompts, sampling, seed=cfg.seed, stream="curves")
-    reward(before, curve_prompts)  # a reward that cannot be used is refused before anything is written
+    reward.try_out(before, curve_prompts)  # a reward that cannot be used is refused before anything is written
     run = RunFolder(cfg.out, f"runs/rl-{cfg.preset}", asdict(cfg) | whole_paths(cfg), SCRIPT)
     print(f"this run writes to {run.path}")
 
@@ -240,7 +241,7 @@ def prompt_sources(cfg: RLConfig, size: int) -> tuple[PromptSource, PromptSource
     if not cfg.data:  # prompts of the toy world
         return toy_world.prompt_source("rl", cfg.seed, size), toy_world.prompt_source("held out", cfg.held_out, size)
     training, held_out, lines = picture_sources(cfg.data, size, cfg.seed, cfg.held_out)
-    print("\n".join(lines))
+    print("\n".join(map(printable, lines)))
     return training, held_out
 
 

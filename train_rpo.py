@@ -26,9 +26,9 @@ from minipref.kernels import preference_loss_from_predictions
 from minipref.losses import denoising_loss, preference_label
 from minipref.pipeline import Pipeline, Sampling
 from minipref.rewards import ImageJudge, SubjectReward, arithmetic, harmonic, stripped
-from minipref.runs import RENAMED
+from minipref.runs import RENAMED, load_pipeline
 from minipref.runtime import checkpoint
-from minipref.runtime.config import opt, parse, run_main
+from minipref.runtime.config import opt, parse, printable, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import judge as toy_judge
 from minipref.toy import subjects as toy_subjects
@@ -39,7 +39,7 @@ SCRIPT = "train_rpo.py"
 @dataclass(frozen=True)
 class RPOConfig:
     preset: str = opt("", "named set of values; flags override it")
-    weights: str = opt("", "folder with unet.pt and clip.pt; empty: the shipped small ones")
+    weights: str = opt("", "folder with unet.pt and clip.pt, or a run to start from; empty: the shipped small ones")
     # the subject
     subject: int = opt(0, "number of the toy subject", lo=0, hi=999)
     references: str = opt("", "folder with pictures of your subject instead")
@@ -114,7 +114,7 @@ def main() -> None:
     cfg = parse(RPOConfig, None, prog=SCRIPT, description=__doc__ or "", presets=PRESETS, renamed=RENAMED[SCRIPT])
     check(cfg)
     started = time.time()
-    pipe = Pipeline.load(cfg.weights, cfg.device)
+    pipe = load_pipeline(cfg.weights, cfg.device)
     subject, (training, validation, test) = load_subject(cfg, pipe.image_size)
     check_texts(pipe, subject, [*training, *validation, *test])
     further = ImageJudge(cfg.image_encoder, subject.references) if cfg.image_encoder else None
@@ -274,8 +274,8 @@ def load_subject(cfg: RPOConfig, size: int) -> tuple[Subject, list[list[SubjectP
         subject = toy_subjects.toy_subject(cfg.subject, size)
         prompts = toy_subjects.prompt_lists(subject, cfg.seed, counts)
     for line in skipped:
-        print(f"skipped {line}")
-    print(f"{subject.name}: {len(subject.references)} references, class {subject.class_name}")
+        print(printable(f"skipped {line}"))
+    print(f"{printable(subject.name)}: {len(subject.references)} references, class {subject.class_name}")
     return subject, prompts
 
 
@@ -283,7 +283,8 @@ def check_texts(pipe: Pipeline, subject: Subject, prompts: list[SubjectPrompt]) 
     """Refuses prompts that the text encoder would cut; names words that it has never seen."""
     texts = [instance_prompt(subject.class_name), *(p.text for p in prompts)]
     if long := [t for t in texts if pipe.tokenizer.left_out(t)]:
-        raise ValueError(f"{long[0]!r}: the text encoder reads {pipe.tokenizer.max_length - 2} words; shorten it")
+        words = pipe.tokenizer.max_length - 2
+        raise ValueError(f"prompt {long[0][:150]!r}: the text encoder reads {words} words; shorten it")
     if unknown := dict.fromkeys(pipe.tokenizer.unknown(" ".join(texts))):
         print(f"the text encoder has never seen: {', '.join(unknown)}; likeness to such a prompt means little")
 

@@ -28,9 +28,16 @@ def load_clip(path: str | Path) -> tuple[CLIP, WordTokenizer]:
     config, state, meta = checkpoint.load(path, "clip")
     clip = checkpoint.build(CLIPConfig, CLIP, config, state, path).requires_grad_(False)
     assert isinstance(clip, CLIP)
-    if not meta.get("words"):
+    words = meta.get("words")
+    if not isinstance(words, (list, tuple)) or not words or not all(isinstance(w, str) for w in words):
         raise ValueError(f"{path}: does not hold the words of its tokenizer")
-    return clip, WordTokenizer(meta["words"])
+    try:
+        tokenizer = WordTokenizer(words)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    if len(tokenizer) != clip.config.vocab_size:  # every id would mean another word, or none
+        raise ValueError(f"{path}: lists words for {len(tokenizer)} ids, its text encoder has {clip.config.vocab_size}")
+    return clip, tokenizer
 
 
 def load_unet(path: str | Path) -> tuple[UNet, Schedule, dict]:

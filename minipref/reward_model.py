@@ -35,7 +35,7 @@ class Scores:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
-DELTA = 0.05  # the bounds of scores hold with probability 1 − DELTA, under their assumptions
+DELTA = 0.05  # delta of a reward model that names none
 SCORED_AT_ONCE = 256  # pictures a pass of the reward features: bounds the memory, changes no score
 
 
@@ -169,6 +169,7 @@ class Calibration:
     label_norms: dict[str, tuple[float, float]] = field(default_factory=dict)  # (mean, spread) by source/mask kind
     noise_scale: float = math.nan  # s, of one training label, in normalised units: an assumption of the bound
     psi_norm: float = math.nan  # ‖psi_*‖₂: an assumption; ‖psi_hat‖₂ where nothing better is known
+    delta: float = DELTA  # the bounds of its scores hold with probability 1 − delta
 
 
 @torch.no_grad()
@@ -194,13 +195,13 @@ class LearnedReward(nn.Module):
         return features_of(self.features, images, prompts)
 
     def forward(self, images: Tensor, prompts: Prompts) -> Scores:
-        """Scores whose parts are `norm`, ‖z‖_V⁻¹, `bound`, C_bound(DELTA)·norm, and `trusted`, 1 where the norm lies
+        """Scores whose parts are `norm`, ‖z‖_V⁻¹, `bound`, C_bound(delta)·norm, and `trusted`, 1 where the norm lies
         under the training norms' 99 %."""
         z, c = self.z(images, prompts), self.calibration
         norm = self.ridge.norm(z)
         gamma = trust_weight(self.ridge.norm(z, c.norm_kind), c.k, c.b, c.lo, c.hi)
         parts = {"norm": norm.float(), "trusted": (norm <= c.norm_quantiles["0.99"]).float()}
-        parts["bound"] = (self.bound_factor(DELTA) * norm).float()
+        parts["bound"] = (self.bound_factor(c.delta) * norm).float()
         return Scores(self.ridge(z).float(), gamma.float(), parts)
 
     def bound_factor(self, delta: float) -> float:

@@ -10,13 +10,17 @@ answer is checked. RPO's reward, of pictures of a subject:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
+import math
 import os
+import random
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,17 +86,28 @@ BUILT_IN: dict[str, Reward] = {
 }
 
 
-def load_reward(name: str, pipeline: Pipeline, extra: dict[str, Reward] | None = None) -> CheckedReward:
+def load_reward(
+    name: str,
+    pipeline: Pipeline,
+    extra: dict[str, Reward] | None = None,
+    *,
+    batch_size: int = 64,
+    imports: bool = True,
+) -> CheckedReward:
     """The reward that `--reward` names, checked: "model" (the trained one of the pipeline's weights), "model:RUN" (of a
     run of train_reward.py), "clip:TEXT" (the pipeline's encoder), a built-in or one of `extra` (the toy's "gold"), a
-    weighted sum such as "0.7*model+0.3*brightness", or "package.module:function"."""
-    return CheckedReward(name, _load(name, pipeline, BUILT_IN | (extra or {})))
+    weighted sum such as "0.7*model+0.3*brightness", or "package.module:function".
+
+    `batch_size`: the most pictures that it is given at a time. `imports`: False where the name comes from a file, not
+    from who sits here: then nothing is imported.
+    """
+    return CheckedReward(name, _load(name, pipeline, BUILT_IN | (extra or {}), batch_size, imports), batch_size)
 
 
-def _load(name: str, pipeline: Pipeline, built_in: dict[str, Reward]) -> Reward:
+def _load(name: str, pipeline: Pipeline, built_in: dict[str, Reward], batch_size: int, imports: bool) -> Reward:
     terms = [t.strip() for t in name.split("+")]
     if len(terms) > 1 or "*" in name:
-        return _weighted_sum(terms, lambda term: _load(term, pipeline, built_in))
+        return _weighted_sum(terms, lambda term: _load(term, pipeline, built_in, batch_size, imports), batch_size)
     if name == "model":
         path = pipeline.folder / "reward.pt"
         if not path.is_file():
@@ -109,7 +124,35 @@ def _load(name: str, pipeline: Pipeline, built_in: dict[str, Reward]) -> Reward:
     if ":" not in name:
         names = ", ".join(["model", "model:RUN", "clip:TEXT", *built_in])
         raise ValueError(f"--reward {name}: unknown; choose {names}, or yours as package.module:function")
+    if not imports:
+        raise ValueError(f"the run's reward is a function, {name}: say by --reward that it may be imported")
     return import_function("--reward", name)
+
+
+class ForeignError(Exception):
+    """What code that is not ours has raised."""
+
+
+@contextmanager
+def foreign_code() -> Iterator[None]:
+    """Around code that is not ours: whatever it does to random generators, gradient mode, default dtype or device is
+    undone, and what it raises, sys.exit included, becomes a ForeignError."""
+    settings = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:
+        raise ForeignError(f"{type(e).__name__}: {e}") from e
+    finally:
+        torch.set_grad_enabled(settings[0])
+        torch.set_default_dtype(settings[1])
+        if torch.get_default_device() != settings[2]:
+            torch.set_default_device(settings[2])
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
 
 
 def import_function(flag: str, name: str) -> Callable:
@@ -119,78 +162,100 @@ def import_function(flag: str, name: str) -> Callable:
     if os.getcwd() not in sys.path:  # a script's own folder is on the path, the user's is not
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except Exception as e:  # whatever the user's module does when it is imported
-        reason = f"{type(e).__name__}: {e}"
-        raise ValueError(f"{flag} {name}: cannot be imported ({reason}); run from the folder that holds it") from None
+        with foreign_code():
+            function = getattr(importlib.import_module(module), attribute)
+    except ForeignError as e:  # whatever the user's module does when it is imported
+        raise ValueError(f"{flag} {name}: cannot be imported ({e}); run from the folder that holds it") from None
     if not callable(function):
         raise ValueError(f"{flag} {name}: is no function")
     return function
 
 
-def _weighted_sum(terms: list[str], load: Callable[[str], Reward]) -> Reward:
-    parsed = []
+def _weighted_sum(terms: list[str], load: Callable[[str], Reward], batch_size: int) -> Reward:
+    parsed: list[tuple[float, CheckedReward]] = []
     for term in terms:
         weight, star, rest = term.partition("*")
         try:
             factor = float(weight) if star else 1.0
+            if not math.isfinite(factor):
+                raise ValueError
         except ValueError:
             reason = f"{weight.strip()!r} is no number; join terms by +, as in model+-2*brightness"
             raise ValueError(f"--reward term {term!r}: {reason}") from None
         inner = rest.strip() if star else term
         try:
-            parsed.append((factor, CheckedReward(inner, load(inner))))
+            parsed.append((factor, CheckedReward(inner, load(inner), batch_size)))
         except ValueError as e:
             raise ValueError(f"--reward term {term!r}: {e}") from None
 
     def total(images: Tensor, prompts: Prompts) -> Scores:
-        scored = [r(images, prompts) for _, r in parsed]
-        value = sum(w * s.value for (w, _), s in zip(parsed, scored))
-        trust = next((s.trust for s in scored if s.trust is not None), None)
-        parts = {k: abs(w) * v if k == "bound" else v for (w, _), s in zip(parsed, scored) for k, v in s.parts.items()}
-        return Scores(value, trust, parts)  # type: ignore[arg-type]
+        scored = [(w, r(images, prompts)) for w, r in parsed]
+        column = {k: [(w, s.parts[k]) for w, s in scored if k in s.parts] for k in ("bound", "trusted", "norm")}
+        parts = {"norm": column["norm"][0][1]} if len(column["norm"]) == 1 else {}  # norms of two models do not add
+        if column["bound"]:  # |sum of w·error| ≤ sum of |w|·bound
+            parts["bound"] = torch.stack([abs(w) * v for w, v in column["bound"]]).sum(0)
+        if column["trusted"]:  # a sum is trusted where every term is
+            parts["trusted"] = torch.stack([v for _, v in column["trusted"]]).amin(0)
+        weights = [s.trust for _, s in scored if s.trust is not None]
+        value = torch.stack([w * s.value for w, s in scored]).sum(0)
+        return Scores(value, torch.stack(weights).amin(0) if weights else None, parts)
 
     return total
-
-
-def as_scores(result: Tensor | Scores) -> Scores:
-    return result if isinstance(result, Scores) else Scores(result)
 
 
 class CheckedReward:
     """A reward whose every answer is checked: shape (B,), finite numbers, and at first a difference between pictures.
 
-    Later a constant is no fault: a reward of "solved or not" becomes one when all is solved.
+    It gets copies of what it judges, at most `batch_size` pictures at a time, and changes nothing outside itself. Later
+    a constant is no fault: a reward of "solved or not" becomes one when all is solved.
     """
 
-    def __init__(self, name: str, reward: Reward):
-        self.name, self.reward, self.told_apart = name, reward, False
+    def __init__(self, name: str, reward: Reward, batch_size: int = 64):
+        self.name, self.reward, self.batch_size, self.told_apart = name, reward, batch_size, False
 
     def __call__(self, images: Tensor, prompts: Prompts) -> Scores:
-        expected = f"expected a tensor of {len(images)} finite numbers, one per picture"
-        try:
-            scores = as_scores(self.reward(images, prompts))
-        except Exception as e:
-            raise ValueError(f"reward {self.name}: raised {type(e).__name__}: {e}; {expected}") from e
-
-        def column(what: str, x: Any) -> Tensor:
-            if not isinstance(x, Tensor) or x.shape != (len(images),):
-                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"reward {self.name}: {what} {got}; {expected}")
-            if not torch.isfinite(x).all():
-                raise ValueError(f"reward {self.name}: {what} NaN or infinity; {expected}")
-            return x.detach().float().cpu()
-
-        value = column("returned", scores.value)
-        trust = None if scores.trust is None else column("returned a trust of", scores.trust)
-        parts = {k: column(f"returned a part {k!r} of", v) for k, v in scores.parts.items()}
+        parts = [slice(i, i + self.batch_size) for i in range(0, len(images), self.batch_size)]
+        chunks = [self._answer(images[at], prompts.select(at)) for at in parts]
+        value = torch.cat([c.value for c in chunks])
+        trusts = [c.trust for c in chunks if c.trust is not None]
+        keys = [k for k in chunks[0].parts if all(k in c.parts for c in chunks)]
         if len(value) > 1 and not self.told_apart:
             self.told_apart = bool((value != value[0]).any())
         if len(value) > 1 and not self.told_apart:
             raise ValueError(
                 f"reward {self.name}: gave all {len(value)} pictures the value {value[0].item():g}: nothing to learn"
             )
-        return Scores(value, trust, parts)
+        columns = {k: torch.cat([c.parts[k] for c in chunks]) for k in keys}
+        return Scores(value, torch.cat(trusts) if len(trusts) == len(chunks) else None, columns)
+
+    def try_out(self, images: Tensor, prompts: Prompts) -> None:
+        """Judges as many pictures at a time as it ever will, so that what does not fit is known before a run starts."""
+        at = [i % len(images) for i in range(max(len(images), self.batch_size))]
+        self(images[at], prompts.select(at))
+
+    def _answer(self, images: Tensor, prompts: Prompts) -> Scores:
+        expected = f"expected {len(images)} finite real numbers, one per picture"
+        try:
+            with foreign_code():
+                answer = self.reward(images.clone(), prompts)  # `select` has copied the prompts
+        except ForeignError as e:
+            raise ValueError(f"reward {self.name}: raised {e}; {expected}") from e
+        scores = answer if isinstance(answer, Scores) else Scores(answer)
+
+        def column(what: str, x: Any) -> Tensor:
+            if isinstance(x, (list, tuple, np.ndarray)):
+                with contextlib.suppress(ValueError, TypeError):
+                    x = torch.as_tensor(np.asarray(x))
+            if not isinstance(x, Tensor) or x.shape != (len(images),) or x.is_complex():
+                got = (x.dtype if x.is_complex() else tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"reward {self.name}: {what} {got}; {expected}")
+            if not torch.isfinite(x).all():
+                raise ValueError(f"reward {self.name}: {what} NaN or infinity; {expected}")
+            return x.detach().float().cpu()
+
+        trust = None if scores.trust is None else column("returned a trust of", scores.trust)
+        parts = {k: column(f"returned a part {k!r} of", v) for k, v in scores.parts.items()}
+        return Scores(column("returned", scores.value), trust, parts)
 
 
 class ImageJudge:
@@ -204,9 +269,10 @@ class ImageJudge:
     def embed(self, images: Tensor) -> Tensor:
         """Unit vectors (B, D) of pictures (B, 3, H, W) in [0, 1]."""
         try:
-            embedding = self.encoder(images)
-        except Exception as e:
-            raise ValueError(f"--image-encoder {self.name}: raised {type(e).__name__}: {e}") from e
+            with foreign_code():
+                embedding = self.encoder(images.clone())
+        except ForeignError as e:
+            raise ValueError(f"--image-encoder {self.name}: raised {e}") from e
         D = self.references.shape[1] if hasattr(self, "references") else "D"
         embedding = embedding.float() if isinstance(embedding, Tensor) else embedding
         fits = (

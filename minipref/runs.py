@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .data.prompts import Prompts, PromptSource, picture_sources
 from .models.unet import UNet
-from .pipeline import Pipeline, load_unet
+from .pipeline import Pipeline, digest, load_unet
+from .runtime.checkpoint import protect
 from .runtime.runlog import read_json
 
 # Flags, and so keys of config.json, that had another name before 0.2: old name -> new, by script or command.
@@ -28,11 +31,17 @@ RENAMED: dict[str, dict[str, str]] = {
 }  # fmt: skip
 # Without a script's name, an old configuration is known by a key that only that script has.
 MARKS = {"train_rpo.py": "lam_val", "train_reward.py": "psi_norm", "train_rl.py": "clip_range"}
-# What the configuration of a run must hold for the tools that read it.
-KEYS = {
-    "train_rl.py": ("weights", "data", "reward", "seed", "held_out", "eval_prompts", "sampling_steps", "eta"),
-    "train_rpo.py": ("weights", "references", "lam_val", "sampling_steps", "guidance", "eta"),
-}
+# What the configuration of a run must hold for the tools that read it, and as what.
+NUMBER = (int, float)
+KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "train_rl.py": {
+        "weights": str, "data": str, "reward": str, "seed": int, "held_out": int, "eval_prompts": int,
+        "sampling_steps": int, "eta": NUMBER,
+    },
+    "train_rpo.py": {
+        "weights": str, "references": str, "lam_val": NUMBER, "sampling_steps": int, "guidance": NUMBER, "eta": NUMBER
+    },
+}  # fmt: skip
 
 
 def read_config(folder: str | Path) -> dict:
@@ -51,25 +60,54 @@ def read_config(folder: str | Path) -> dict:
 def judged_by(folder: str | Path) -> str:
     """Which weights a run speaks of: "best" of RPO and where RL's guard has stopped it, by its log; else "last"."""
     log = Path(folder) / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().split("\n") if log.is_file() else []
     stopped = bool(lines) and '"stopped": true' in lines[-1]
-    return "best" if stopped or read_config(folder)["script"] == "train_rpo.py" else "last"
+    there = [(Path(folder) / f"{name}.pt").is_file() for name in ("last", "best")]
+    only_best = there == [False, True]  # stopped by hand before the first evaluation
+    return "best" if stopped or only_best or read_config(folder)["script"] == "train_rpo.py" else "last"
 
 
-def load_run(folder: str, which: str, device: str, script: str = "train_rl.py") -> tuple[dict, Pipeline, UNet]:
+def load_run(
+    folder: str, which: str, device: str, script: str = "train_rl.py", *, weights: str = "", inside: tuple = ()
+) -> tuple[dict, Pipeline, UNet]:
     """-> a run's configuration, the base model's pipeline, and the trained UNet: last, best, or (which "") the one that
-    its summary was judged by."""
+    its summary was judged by.
+
+    `weights`: where the base model lies now, where the run was moved to another machine; `inside`: runs that start from
+    this one, so that none starts from itself.
+    """
+    protect(folder)
     config = read_config(folder)
-    path = Path(folder) / f"{which or judged_by(folder)}.pt"
+    file, path = Path(folder) / "config.json", Path(folder) / f"{which or judged_by(folder)}.pt"
     if missing := set(KEYS[script]) - set(config):
-        raise ValueError(f"{Path(folder) / 'config.json'}: no run of {script}, it lacks {', '.join(sorted(missing))}")
-    pipe = Pipeline.load(config["weights"], device)
+        raise ValueError(f"{file}: no run of {script}, it lacks {', '.join(sorted(missing))}")
+    for key, kind in KEYS[script].items():
+        if not isinstance(config[key], kind) or isinstance(config[key], bool):
+            raise ValueError(f"{file}: {key} is {str(config[key])[:60]!r}, which no run of {script} writes")
+    base = weights or config["weights"]
+    if base and not weights and not Path(base).is_dir():
+        raise FileNotFoundError(
+            f"{base}: the base model of {folder} does not lie there; say by --weights where it does"
+        )
+    pipe = load_pipeline(base, device, inside=(*inside, os.path.realpath(folder)))
     aligned, _, meta = load_unet(path)
     if meta.get("base") != pipe.fingerprint:
-        raise ValueError(f"{path}: was trained from another base model than {config['weights'] or 'the shipped one'}")
+        raise ValueError(f"{path}: was trained from another base model than {base or 'the shipped one'}")
     if aligned.config != pipe.unet.config:
         raise ValueError(f"{path}: its UNet is configured differently from the base model's ({pipe.unet.config})")
     return config, pipe, aligned.to(memory_format=torch.channels_last).to(pipe.device)  # type: ignore[call-overload]
+
+
+def load_pipeline(weights: str, device: str, *, inside: tuple = ()) -> Pipeline:
+    """The model of a folder of weights, or of a run: its trained UNet with the rest of its base model."""
+    if not weights or (Path(weights) / "unet.pt").exists() or not (Path(weights) / "config.json").is_file():
+        return Pipeline.load(weights, device)
+    script = read_config(weights)["script"]
+    if script not in KEYS or os.path.realpath(weights) in inside:
+        raise ValueError(f"{weights}: a run that cannot be started from ({script or 'of no known script'})")
+    _, pipe, unet = load_run(weights, "", device, script, inside=inside)
+    path = Path(weights) / f"{judged_by(weights)}.pt"
+    return replace(pipe, unet=unet, fingerprint=digest(path))
 
 
 def held_out_prompts(config: dict, size: int, toy: PromptSource | None, start: int, count: int) -> Prompts:

@@ -156,11 +156,11 @@ def test_a_finished_run_is_kept_and_a_failed_one_tells_why(tmp_path, monkeypatch
     half = tmp_path / "half"
     half.mkdir()
     (half / "last.pt").write_text("cut short")
-    failed = subprocess.CompletedProcess([], 2, "", "noise\ntrain_rpo.py: --lr 1: what is wrong\n")
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
+    code = "import sys; sys.stderr.write('noise\\ntrain_rpo.py: --lr 1: what is wrong\\n'); sys.exit(2)"
+    start, ended = subprocess.Popen, [[sys.executable, "-c", code], ["sh", "-c", "kill -9 $$"]]
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **k: start(ended.pop(0), **k))
     with pytest.raises(ValueError, match="--lr 1: exit code 2: train_rpo.py: --lr 1: what is wrong"):
         claims.run_one(half, "train_rpo.py", ["--lr", "1"])
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess([], -9, "", ""))
     with pytest.raises(ValueError, match="exit code -9: said nothing"):
         claims.run_one(half, "train_rpo.py", [])
 

@@ -158,7 +158,7 @@ def test_pictures_that_do_not_belong_together_are_named(tmp_path):
     picture(tmp_path / "b_0.png", size=16)
     picture(tmp_path / "c_0.png", colour=(10, 220, 230))
     r, problems = rating_files.load(rows(tmp_path, lines), 32)
-    assert len(r) == 1 and "differ in size: (16, 16), (32, 32)" in problems[0]
+    assert len(r) == 1 and "differ in size: 16×16, 32×32" in problems[0]
     assert "c_0.png differs from c_m.png where nothing was to be painted" in problems[1]
 
 

@@ -44,7 +44,7 @@ def test_sample_shows_base_beside_aligned_and_keeps_known_pixels(run, tmp_path):
     assert Image.open(out).size[0] > 200
     for given in ("p.png", "m.png"):
         before = (tmp_path / given).read_bytes()
-        with pytest.raises(ValueError, match=f"{given}: is the picture to be read"):
+        with pytest.raises(ValueError, match=f"--out .*{given}: is there already"):
             sample.main(["--run", str(folder), "--out", str(tmp_path / given), *own])
         assert (tmp_path / given).read_bytes() == before
 
@@ -60,8 +60,8 @@ def test_sample_needs_no_run(tmp_path, monkeypatch):
     changed["state"]["conv_out.bias"] += 1
     torch.save(changed, mine / "unet.pt")
     (mine / "clip.pt").write_bytes((SHIPPED / "clip.pt").read_bytes())
-    sample.main([*flags, "--weights", str(mine), "--out", "mine.png"])
-    assert (tmp_path / "mine.png").read_bytes() != (tmp_path / "sample.png").read_bytes()
+    sample.main([*flags, "--weights", str(mine), "--out", "own.png"])
+    assert (tmp_path / "own.png").read_bytes() != (tmp_path / "sample.png").read_bytes()
 
 
 def test_evaluate_reports_both_models_and_the_base_against_itself(run, capsys):
@@ -93,8 +93,8 @@ def test_evaluate_without_a_run_judges_text_to_image(capsys, tmp_path):
         patch.setattr(Pipeline, "complete", lambda *a, **k: torch.zeros(16, 3, 32, 32))
         evaluate.main(["--prompts", "16"])
         assert re.search(r"\| any \| 16 \| 0\.\d+ \| 0\.000 \| 0\.000 \|", capsys.readouterr().out)
-    with pytest.raises(ValueError, match="--weights: belongs to text-to-image"):
-        evaluate.main(["--run", "x", "--weights", str(tmp_path)])
+    with pytest.raises(ValueError, match="--data, --reward: belong to a run"):
+        evaluate.main(["--reward", "brightness"])
 
 
 def test_the_base_against_itself_wins_s_of_s_plus_one(tmp_path, run):
@@ -204,6 +204,7 @@ def test_evaluate_draws_every_sample_of_either_model_with_noise_of_its_own(run):
 # ------------------------------------------------------------------------------------------------ runs of before 0.2
 
 
+NEWER = ("script", "versions", "preset", "reward_batch")  # keys that no run of then has
 OLD_RL = """weights data reward out seed epochs prompts samples steps eta train_steps updates lr weight_decay grad_clip
  clip_range trust kl_weight guard ema micro_batch eval_every eval_prompts win_prompts held_out device threads"""
 OLD_RPO = {
@@ -219,8 +220,9 @@ OLD_RPO = {
 def written(path, new):
     """Every picture that `sample` writes for a run, by its name."""
     prompt = ["--prompt", "a [V] square on a red background"] if "rpo" in new.name else []
-    sample.main(["--run", str(new), "--count", "2", "--out", str(path / "x.png"), *prompt])
-    pictures = {p.name: p.read_bytes() for p in [path / "x.png", *(path / "x").iterdir()]}
+    out = path / f"of_{new.name}.png"
+    sample.main(["--run", str(new), "--count", "2", "--out", str(out), *prompt])
+    pictures = {p.name: p.read_bytes() for p in out.with_suffix("").iterdir()} | {"grid": out.read_bytes()}
     assert len(pictures) == 5
     return pictures
 
@@ -233,7 +235,7 @@ def test_a_run_of_train_rl_from_before_0_2_opens_as_it_did(run, tmp_path):
         shutil.copytree(run[0], folder)
     names = {"sampling_steps": "steps", "updates_per_epoch": "updates"}
     config = json.loads((new / "config.json").read_text())
-    config = {names.get(k, k): v for k, v in config.items() if k not in ("script", "versions", "preset")}
+    config = {names.get(k, k): v for k, v in config.items() if k not in NEWER}
     assert sorted(config) == sorted(OLD_RL.split()) and config["steps"] == 3
     (old / "config.json").write_text(json.dumps(config))
     assert written(tmp_path, old) == written(tmp_path, new)
@@ -265,7 +267,7 @@ def test_a_run_of_train_rpo_from_before_0_2_opens_as_it_did(tmp_path, capsys):
     prompts = text_prompts(["a [V] square on a red background"] * 2)
     made = pipe.complete(aligned, prompts, Sampling(3, 0.5, 2.0), seed=0, stream=0)
     for i, x in enumerate(made):
-        assert torch.allclose(read_image(tmp_path / "x" / f"aligned_{i:02d}.png", None), x.clamp(0, 1), atol=0.003)
+        assert torch.allclose(read_image(tmp_path / "of_rpo" / f"aligned_{i:02d}.png", None), x.clamp(0, 1), atol=0.003)
     stops_with(lambda: evaluate.main(["--run", str(tmp_path / "rpo_old")]), "no run of train_rl.py, it lacks", capsys)
 
 
@@ -281,7 +283,8 @@ def test_a_run_is_read_from_other_folders_than_it_was_started_in(tmp_path, monke
     kept = json.loads((tmp_path / "run" / "config.json").read_text())["reward"]
     assert kept == f"0.5*model:{tmp_path / 'here' / 'mine'}+0.5*mymodel:red"  # a module is no path
     monkeypatch.chdir(tmp_path)
-    evaluate.main(["--run", str(tmp_path / "run"), "--prompts", "8", "--best-of", "1", "--sampling-steps", "2"])
+    flags = "--prompts 8 --best-of 1 --sampling-steps 2 --reward 0.5*model:here/mine+0.5*mymodel:red"
+    evaluate.main(["--run", str(tmp_path / "run"), *flags.split()])
     assert re.search(r"WinRate \d\.\d+ by it, \d\.\d+ by gold.*WinRate", capsys.readouterr().out, re.S)
 
 

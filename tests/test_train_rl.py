@@ -334,7 +334,7 @@ def constant(images, prompts):
 def test_a_reward_that_says_nothing_is_refused_by_name_before_anything_is_written(tmp_path, monkeypatch, capsys):
     name = f"{__name__}:constant"
     call = lambda: train(tmp_path / "a", monkeypatch, reward=name)  # noqa: E731
-    stops_with(call, f"reward {name}: gave all 8 pictures the value 1", capsys)
+    stops_with(call, f"reward {name}: gave all 64 pictures the value 1", capsys)
     assert not (tmp_path / "a").exists()
 
 

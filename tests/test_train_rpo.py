@@ -264,12 +264,12 @@ def test_it_goes_on_while_the_reward_of_any_lambda_improves(tmp_path, monkeypatc
 
 
 def test_sample_places_the_subject_by_a_prompt(run, tmp_path, capsys):
-    argv = ["--run", str(run[0]), "--count", "2", "--out", str(tmp_path / "x.png")]
-    sample.main([*argv, "--prompt", "a [V] circle on a red background"])
+    argv = ["--run", str(run[0]), "--count", "2", "--out"]
+    sample.main([*argv, str(tmp_path / "x.png"), "--prompt", "a [V] circle on a red background"])
     assert Image.open(tmp_path / "x.png").size[0] > 150 and (tmp_path / "x" / "aligned_01.png").is_file()
     for more, said in ((["--prompt", "a circle"], "name the subject by [V]"), ([], "say --prompt")):
         with pytest.raises(SystemExit) as stop:
-            run_main("minipref", partial(sample.main, [*argv, *more]))
+            run_main("minipref", partial(sample.main, [*argv, str(tmp_path / "y.png"), *more]))
         assert stop.value.code == 2 and said in capsys.readouterr().err
 
 

@@ -102,16 +102,22 @@ def provenance() -> str:
     return digest.hexdigest()[:16]
 
 
+_children: set[subprocess.Popen] = set()
+
+
 def run_one(folder: Path, script: str, flags: list[str]) -> dict:
     """summary.json of a run of `script` in `folder`, and its metrics as `rows`; it is run if it is not there."""
     summary = folder / "summary.json"
     if not summary.exists():
         shutil.rmtree(folder, ignore_errors=True)  # a run that was stopped
         command = [sys.executable, str(ROOT / script), "--small", "--threads", "1", "--out", str(folder), *flags]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["said nothing"])[-1]
-            raise ValueError(f"{shlex.join(command)}: exit code {done.returncode}: {last}")
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+            _children.add(child)
+            _, errors = child.communicate()
+            _children.discard(child)
+        if child.returncode:
+            last = (errors.strip().splitlines() or ["said nothing"])[-1]
+            raise ValueError(f"{shlex.join(command)}: exit code {child.returncode}: {last}")
     rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return json.loads(summary.read_text(encoding="utf-8")) | {"rows": [json.loads(row) for row in rows]}
 
@@ -128,8 +134,11 @@ def several(cfg: ClaimsConfig, script: str, wanted: list[tuple[str, str]]) -> li
     try:
         jobs = [pool.submit(work, job) for job in wanted]
         return [job.result() for job in progress(jobs, "runs")]
-    finally:  # after an error or Ctrl-C none that waits is started
-        pool.shutdown(cancel_futures=True)
+    finally:  # after an error, Ctrl-C or SIGTERM none that waits is started, and none goes on alone
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in tuple(_children):
+            child.terminate()
+        pool.shutdown()
 
 
 def run_rpo(cfg: ClaimsConfig, variants: dict[str, str]) -> Summaries:
@@ -257,7 +266,8 @@ def main(argv: list[str] | None = None) -> None:
     known = RPO if cfg.study == "rpo" else RL
     chosen = [n.strip() for n in cfg.only.split(";") if n.strip()] or list(known)
     if unknown := [n for n in chosen if n not in known]:
-        raise ValueError(f"--only: knows no variant {unknown[0]!r}; there are {'; '.join(known)}")
+        some = "; ".join(list(known)[:3])
+        raise ValueError(f"--only: knows no variant {unknown[0][:60]!r}; this file lists {len(known)}, such as {some}")
     own = ClaimsConfig()
     if cfg.study == "rl" and (cfg.subjects, cfg.first_subject) != (own.subjects, own.first_subject):
         raise ValueError("--subjects, --first-subject: belong to --study rpo")
@@ -270,6 +280,8 @@ def main(argv: list[str] | None = None) -> None:
     if taken := [flag for flag in given if flag in OWN]:
         raise ValueError(f"--flags: {taken[0]} is the study's to set")
     out, made_by = Path(cfg.out), provenance()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is no folder")
     out.mkdir(parents=True, exist_ok=True)
     before = out / "provenance.txt"
     if before.exists() and before.read_text() != made_by:

@@ -59,9 +59,16 @@ def fences(text: str) -> list[Fence]:
     return found
 
 
+class Left(Exception):
+    """An answer must not end the check that judges it."""
+
+
 def execute(code: str, names: dict, path: Path, line: int) -> None:
     """Runs code as if it stood in the Markdown file, so that an error names the file's own line."""
-    exec(compile("\n" * (line - 1) + code, str(path), "exec"), names)
+    try:
+        exec(compile("\n" * (line - 1) + code, str(path), "exec"), names)
+    except SystemExit as e:
+        raise Left(f"sys.exit({e.code!r}) is no answer").with_traceback(e.__traceback__) from None
 
 
 def given(exercise: Fence) -> tuple[str, str, str]:

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from ..models.unet import UNet
 from ..pipeline import Pipeline, pick_device
 from ..presets import SD15_INPAINT_UNET
 from ..runs import RENAMED
+from ..runtime.checkpoint import atomic_write, check_place
 from ..runtime.config import opt, parse
 from ..toy.world import scene_prompts
 from .bench_kernels import kernel_table
@@ -260,6 +260,8 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device = pick_device(cfg.device)
+    if cfg.out:
+        check_place(cfg.out, "--out")
     command = shlex.join(argv if argv is not None else sys.argv[2:])
     text = [f"`python -m minipref bench {command}`  ", machine(device), ""]
     if cfg.part in ("kernels", "all"):
@@ -274,4 +276,4 @@ def main(argv: list[str] | None = None) -> None:
         text += ["## An epoch", "", epoch_table(cfg.rounds, cfg.threads), ""]
     print("\n".join(text))
     if cfg.out:
-        Path(cfg.out).write_text("\n".join(text), encoding="utf-8")
+        atomic_write(cfg.out, lambda p: p.write_text("\n".join(text), encoding="utf-8"))

@@ -16,7 +16,7 @@ from ..data import rating_files
 from ..data.pictures import read_folder
 from ..data.ratings import HIGHEST, LOWEST, lonely, split_for_fit
 from ..presets import SMALL_SIZE
-from ..runtime.config import opt, parse
+from ..runtime.config import opt, parse, printable
 from ..toy.world import shown_scene
 
 MARKS = ("ratings.jsonl", "ratings*/ratings.jsonl", "inpaint")  # what a folder of ratings holds
@@ -94,8 +94,9 @@ def main(argv: list[str]) -> None:
     path = Path(cfg.path)
     ratings = holds_ratings(path)
     lines, problems = check_ratings(path, cfg.score_lo, cfg.score_hi) if ratings else check_pictures(path)
-    print("\n".join(lines))
+    print("\n".join(map(printable, lines)))
     if problems:
+        problems = [printable(line) for line in problems]
         print(f"{len(problems)} problems:")
         print("\n".join(problems[:SHOWN] + ([f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])))
         sys.exit(1)

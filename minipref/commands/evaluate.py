@@ -5,6 +5,7 @@ Without a run: how much of a caption the base model's text-to-image obeys.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from ..data.prompts import prompt_seed, text_prompts
 from ..diffusion import STREAMS
 from ..figures import rl_grid
 from ..models.unet import UNet
-from ..pipeline import Pipeline, Sampling
+from ..pipeline import Sampling
 from ..rewards import load_reward
-from ..runs import RENAMED, held_out_prompts, judged_by, load_run
+from ..runs import RENAMED, held_out_prompts, judged_by, load_pipeline, load_run
 from ..runtime.checkpoint import atomic_write
 from ..runtime.config import opt, parse
 from ..runtime.runlog import progress
@@ -31,10 +32,13 @@ from ..toy.world import CAPTION_SHARE, describe, prompt_source, scenes
 @dataclass(frozen=True)
 class EvaluateConfig:
     run: str = opt("", "run folder of train_rl.py; empty: how many captions the base model's text-to-image obeys")
-    weights: str = opt("", "without --run: folder with unet.pt and clip.pt; empty: the shipped small ones")
+    weights: str = opt("", "folder with unet.pt and clip.pt; empty: those of the run, or the shipped small ones")
+    data: str = opt("", "with --run: where the run's pictures lie now; empty: where they lay")
+    reward: str = opt("", "with --run: the run's own reward function, module:function, which is then imported")
     checkpoint: str = opt("", "last, best, or empty: those of the run's final comparison", choices=("", "last", "best"))
     prompts: int = opt(512, "with --run: held-out prompts beyond those of its curves; without: captions", lo=8)
     guidance: float = opt(5.0, "without --run: classifier-free guidance scale of text-to-image", lo=0)
+    reward_batch: int = opt(64, "the most pictures that the reward is given at a time", lo=1, hi=100_000)
     best_of: int = opt(10, "with --run: S, the most samples a prompt", lo=1, hi=1000)
     sampling_steps: int = opt(0, "DDIM steps; 0: those of the run, or 50", lo=0, hi=1000)
     seed: int = opt(-1, "seed of the noise; -1: the run's, or 0", lo=-1)
@@ -63,7 +67,7 @@ def base_report(cfg: EvaluateConfig) -> str:
     By template (toy/judge.py), as Markdown: captions as in training, which name each attribute part of the time,
     and captions that name all. They are of a held-out world; of simple scenes, training has seen most (there are few).
     """
-    pipe, seed = Pipeline.load(cfg.weights, cfg.device), max(cfg.seed, 0)
+    pipe, seed = load_pipeline(cfg.weights, cfg.device), max(cfg.seed, 0)
     sampling = Sampling(cfg.sampling_steps or 50, 1.0, cfg.guidance)
     settings = f"{sampling.steps} steps, eta {sampling.eta:g}, guidance {sampling.guidance:g}, seed {seed}"
     lines = [f"# Text-to-image, {cfg.prompts} captions, {settings}", "", "Share of pictures that show what was asked:"]
@@ -91,14 +95,23 @@ def base_report(cfg: EvaluateConfig) -> str:
     return "\n".join(lines)
 
 
+def without_paths(reward: str) -> str:
+    """A reward's name without the places of reward models, which may have moved."""
+    return re.sub(r"(?<![\w.])model:[^+]+", "model:", reward).replace(" ", "")
+
+
 def run_report(cfg: EvaluateConfig) -> str:
     """WinRate at S = 1, 3, 10 by reward and gold, their means and variances, KL: Markdown; and evaluation.png."""
-    config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device)
+    config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device, weights=cfg.weights)
+    config |= {"data": cfg.data} if cfg.data else {}
     seed = config["seed"] if cfg.seed < 0 else cfg.seed
     sampling = Sampling(cfg.sampling_steps or config["sampling_steps"], config["eta"])
     toy = None if config["data"] else prompt_source("held out", config["held_out"], pipe.image_size)
     prompts = held_out_prompts(config, pipe.image_size, toy, config["eval_prompts"], cfg.prompts)
-    reward = load_reward(config["reward"], pipe, {"gold": gold_reward})
+    name = cfg.reward or config["reward"]
+    if without_paths(name) != without_paths(config["reward"]):
+        raise ValueError(f"--reward {name}: the run's reward is {config['reward']}")
+    reward = load_reward(name, pipe, {"gold": gold_reward}, batch_size=cfg.reward_batch, imports=bool(cfg.reward))
 
     def judged(unet: UNet, stream: int) -> dict[str, Tensor]:
         """One sample a prompt: its picture, reward and (of toy prompts) gold; every stream is noise of its own."""
@@ -142,8 +155,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if cfg.run and cfg.weights:
-        raise ValueError("--weights: belongs to text-to-image; a run knows the weights that it started from")
+    if cfg.run and cfg.guidance != EvaluateConfig.guidance:
+        raise ValueError("--guidance: belongs to text-to-image, without --run")
+    if not cfg.run and (cfg.data or cfg.reward):
+        raise ValueError("--data, --reward: belong to a run; name it by --run")
     if not cfg.run:
         print(base_report(cfg))
         return

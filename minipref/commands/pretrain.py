@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +288,19 @@ def main(argv: list[str] | None = None) -> None:
     for part in ("clip", "unet"):
         if cfg.only in ("all", part) and (out / f"{part}.pt").exists():
             raise ValueError(f"--out {out}: holds a {part}.pt already; name another folder, or move it away")
+    if cfg.only != "clip" and (out / UNFINISHED).exists():
+        raise ValueError(
+            f"--out {out}: holds the {UNFINISHED} of a training that was stopped; name another folder, and train on "
+            f"from it by --only unet --start-from {out} (with a copy of its clip.pt), or move it away"
+        )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is no folder")
+    if cfg.only == "unet":  # what cannot be trained is refused before anything is written
+        load_clip(out / "clip.pt")
+    if cfg.start_from:
+        names = ["clip.pt"] if cfg.only == "clip" else ["unet.pt", UNFINISHED]
+        if not any((Path(cfg.start_from) / name).is_file() for name in names):
+            raise FileNotFoundError(f"--start-from {cfg.start_from}: {cfg.start_from}/{names[0]} is missing")
     out.mkdir(parents=True, exist_ok=True)
     figures, command = read_json(out / "pretrain.json"), shlex.join(sys.argv[1:] if argv is None else argv)
     for part, train in (("clip", train_clip), ("unet", train_unet)):
@@ -294,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
             figures[part] = {"command": f"python -m minipref pretrain {command}"}
             figures[part] |= train(cfg, out, figures[part]["command"])
             text = json.dumps(figures, indent=1) + "\n"
-            checkpoint.atomic_write(out / "pretrain.json", lambda p, text=text: p.write_text(text))
+            checkpoint.atomic_write(out / "pretrain.json", partial(Path.write_text, data=text, encoding="utf-8"))
             print(part, json.dumps(figures[part]))
     if (out / "unet.pt").exists():
         weights, rewarded = (shlex.quote(str(p)) for p in (out, out.with_name(f"{out.name}-reward")))

@@ -17,8 +17,9 @@ from ..data import masks as M
 from ..data.pictures import SUFFIXES, read_image, read_mask
 from ..data.prompts import Prompts, text_prompts
 from ..models.tokenizer import SUBJECT
-from ..pipeline import Pipeline, Sampling
-from ..runs import RENAMED, held_out_prompts, load_run, read_config
+from ..pipeline import Sampling
+from ..runs import RENAMED, held_out_prompts, load_pipeline, load_run, read_config
+from ..runtime.checkpoint import check_place, free_name
 from ..runtime.config import opt, parse
 from ..runtime.draw import grid, save, to_image
 from ..toy.world import prompt_source
@@ -27,7 +28,8 @@ from ..toy.world import prompt_source
 @dataclass(frozen=True)
 class SampleConfig:
     run: str = opt("", "run folder of train_rl.py or train_rpo.py; empty: the base model alone")
-    weights: str = opt("", "without --run: folder with unet.pt and clip.pt; empty: the shipped small ones")
+    weights: str = opt("", "folder with unet.pt and clip.pt; empty: those of the run, or the shipped small ones")
+    data: str = opt("", "with --run: where the run's pictures lie now; empty: where they lay")
     checkpoint: str = opt("", "last, best, or empty: those of the run's final comparison", choices=("", "last", "best"))
     image: str = opt("", "a picture to complete; empty: held-out prompts of the run")
     mask: str = opt("", "its mask: equally large, white = hole")
@@ -80,17 +82,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    out = Path(cfg.out or Path(cfg.run) / "sample.png")
+    out = Path(cfg.out) if cfg.out else free_name(Path(cfg.run) / "sample.png")
     if out.suffix.lower() not in SUFFIXES or out.is_dir():
         raise ValueError(f"--out {out}: name a picture file, such as sample.png")
-    for given in (cfg.image, cfg.mask):
-        if given and out.resolve() == Path(given).resolve():
-            raise ValueError(f"--out {out}: is the picture to be read; name another file")
+    check_place(out, "--out")
+    if out.with_suffix("").exists():
+        raise ValueError(f"--out {out}: {out.with_suffix('')}, where the single pictures go, is there already")
     for name, value in (("eta", cfg.eta), ("guidance", cfg.guidance)):
         if -1 < value < 0:
             raise ValueError(f"--{name} {value:g}: 0 or more, or -1 for the run's own")
-    if cfg.run and cfg.weights:
-        raise ValueError("--weights: a run knows the weights that it started from")
     config = read_config(cfg.run) if cfg.run else {}
     of_subject = config.get("script") == "train_rpo.py"
     if of_subject:  # a subject placed by a prompt: text-to-image, sampled as in the run
@@ -99,11 +99,11 @@ def main(argv: list[str] | None = None) -> None:
     own = config if of_subject else {}
     eta, guidance = (v if v >= 0 else own.get(k, 1.0) for k, v in (("eta", cfg.eta), ("guidance", cfg.guidance)))
     if cfg.run:
-        config, pipe, aligned = load_run(
-            cfg.run, cfg.checkpoint, cfg.device, "train_rpo.py" if of_subject else "train_rl.py"
-        )
+        script = "train_rpo.py" if of_subject else "train_rl.py"
+        config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device, script, weights=cfg.weights)
+        config |= {"data": cfg.data} if cfg.data else {}
     else:
-        pipe, aligned = Pipeline.load(cfg.weights, cfg.device), None
+        pipe, aligned = load_pipeline(cfg.weights, cfg.device), None
     if pipe.tokenizer.left_out(cfg.prompt):
         raise ValueError(f"--prompt: the text encoder reads {pipe.tokenizer.max_length - 2} words; shorten it")
     if unknown := pipe.tokenizer.unknown(cfg.prompt):

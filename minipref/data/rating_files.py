@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..runtime.checkpoint import atomic_write
 from ..runtime.draw import to_image
-from .pictures import read_image, read_mask
+from .pictures import picture_size, read_image, read_mask
 from .prompts import Prompts
 from .ratings import HIGHEST, LOWEST, WEIGHTS, Ratings
 
@@ -81,7 +80,7 @@ def write(
     for part in ("images", "masked", "masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     path = folder / "ratings.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     taken = {json.loads(line)["prompt_id"] for line in lines}
     if twice := sorted(taken & set(prompt_ids)):
         raise ValueError(f"{path}: prompt {twice[0]} was rated before; write to another folder")
@@ -119,6 +118,14 @@ def _label(scores, low: float, high: float) -> float:
     return sum(w * _number(scores[part], f"the score of {part}", low, high) for part, w in WEIGHTS.items())
 
 
+def _below(root: Path, name: str) -> Path:
+    """A file of a data set, named relative to `root`, with slashes or backslashes; never one outside of it."""
+    parts = name.replace("\\", "/").split("/")
+    if ".." in parts or parts[0].endswith(":") or parts[0] == "" or "\0" in name:
+        raise ValueError(f"{name!r} does not lie in the folder of the ratings; name files relative to it")
+    return root.joinpath(*parts)
+
+
 def _jsonl_row(line: str, where: str, root: Path, low: float, high: float) -> Row:
     try:
         row = json.loads(line)
@@ -140,9 +147,9 @@ def _jsonl_row(line: str, where: str, root: Path, low: float, high: float) -> Ro
         raise ValueError(f"origin {row['origin']!r}: expected {' or '.join(ORIGINS)}")
     return Row(
         where,
-        root / str(row["image"]),
-        root / str(row["masked"]),
-        root / str(row["mask"]) if row.get("mask") else None,
+        _below(root, str(row["image"])),
+        _below(root, str(row["masked"])),
+        _below(root, str(row["mask"])) if row.get("mask") else None,
         str(row["prompt_id"]),
         tuple(_label(s, low, high) for s in ratings),
         str(row.get("kind", "")),
@@ -176,9 +183,9 @@ def _prefpaint_rows(file: Path, root: Path, low: float, high: float) -> tuple[li
                 raise ValueError(f"{value!r}: expected [score, rank]")
             label = _number(value[0], "the score", low, high)
             source = (re.match(r"[A-Za-z_]*", name) or [""])[0].strip("_")
-            masked = root / "masks_color" / f"{name}_mask_color.png"
-            mask = root / "masks" / f"{name}_mask.png"
-            rows.append(Row(where, root / "inpaint" / f"{key}.png", masked, mask, name, (label,), source=source))
+            image, masked = _below(root, f"inpaint/{key}.png"), _below(root, f"masks_color/{name}_mask_color.png")
+            mask = _below(root, f"masks/{name}_mask.png")
+            rows.append(Row(where, image, masked, mask, name, (label,), source=source))
         except ValueError as e:
             problems.append(f"{where}: {e}")
     return rows, problems
@@ -216,7 +223,7 @@ def scan(path: str | Path, low: float = LOWEST, high: float = HIGHEST) -> tuple[
                 rows, problems = rows + own, problems + bad
                 continue
             try:
-                lines = file.read_text(encoding="utf-8-sig").splitlines()
+                lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028, too
             except UnicodeDecodeError as e:
                 raise ValueError(f"{file}: not a text file in UTF-8 ({e.reason} at byte {e.start})") from None
             for i, line in enumerate(lines, start=1):
@@ -260,12 +267,13 @@ def _pictures(row: Row, size: int, read: Callable) -> tuple[Tensor, Tensor, Tens
     """Completion and masked picture (3, size, size), and the hole (1, size, size) where a mask was named."""
     image, masked = read_image(row.image, size), read(row.masked, size)
     files = [p for p in (row.image, row.masked, row.mask) if p is not None]
-    sizes = {Image.open(p).size for p in files}
+    sizes = {picture_size(p) for p in files}
     if len(sizes) > 1:
-        raise ValueError(f"picture, masked picture and mask differ in size: {', '.join(map(str, sorted(sizes)))}")
+        listed = ", ".join(f"{w}×{h}" for h, w in sorted(sizes))
+        raise ValueError(f"picture, masked picture and mask differ in size: {listed}")
     if row.mask is None:
         return image, masked, None
-    hole = read_mask(row.mask, sizes.pop()[::-1], size)
+    hole = read_mask(row.mask, sizes.pop(), size)
     visible = (hole < 0.5).expand_as(image)
     if visible.any() and float((image - masked)[visible].abs().mean()) > STRANGE:
         raise ValueError(f"{row.image.name} differs from {row.masked.name} where nothing was to be painted")
@@ -275,20 +283,23 @@ def _pictures(row: Row, size: int, read: Callable) -> tuple[Tensor, Tensor, Tens
 def _prompt_numbers(rows: list[Row], pictures: list[Tensor], masks: list[Tensor]) -> Tensor:
     """One number a prompt, (N,). The same masked picture under two prompt ids is one prompt: ids that a data set gives
     carelessly must not carry a picture from one split into another."""
-    home: dict[object, int] = {}
-    number: list[int] = []
-    for row, masked, mask in zip(rows, pictures, masks):
+    parent: list[int] = []  # of each row; a row that is its own parent stands for its prompt
+    first: dict[object, int] = {}  # the row that first had this id, or this masked picture
+
+    def prompt_of(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for i, (row, masked, mask) in enumerate(zip(rows, pictures, masks)):
+        parent.append(i)
         keys: tuple[object, ...] = (row.prompt_id,)
         if mask.min() < 0.5:  # where all is hole, all masked pictures are alike
             keys += (hashlib.sha256(masked.numpy().tobytes()).digest(),)
-        earlier = [home[k] for k in keys if k in home]
-        n = min(earlier, default=len(number))  # larger than any that was given
-        for other in set(earlier) - {n}:  # two prompts turn out to be one
-            number = [n if m == other else m for m in number]
-            home = {k: n if m == other else m for k, m in home.items()}
-        home |= dict.fromkeys(keys, n)
-        number.append(n)
-    return torch.tensor(number).unique(return_inverse=True)[1]
+        for k in keys:
+            a, b = prompt_of(first.setdefault(k, i)), prompt_of(i)
+            parent[max(a, b)] = min(a, b)
+    return torch.tensor([prompt_of(i) for i in range(len(rows))]).unique(return_inverse=True)[1]
 
 
 def load(

@@ -86,7 +86,7 @@ def dreambench_prompts(path: Path, live: bool) -> list[str]:
         raise ValueError(f"{path}: its section {wanted} Prompts lists no prompt")
     prompts = [p.replace("{0} {1}", "{}") for p in formats]
     for p in prompts:
-        if re.sub(r"[^{}]", "", p) != "{}":
+        if p.count("{}") != 1 or re.search(r"[{}]", p.replace("{}", "")):
             raise ValueError(f"{path}: the prompt {p!r} should hold '{{0}} {{1}}', token and class, once")
     return prompts
 
@@ -99,6 +99,8 @@ def dreambench_class(path: Path, name: str) -> str:
 
 def _read(path: Path) -> str:
     """A text file, with or without the mark that Windows puts before UTF-8."""
+    if not path.is_file():  # nor a pipe, which would wait for ever
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
@@ -139,21 +141,24 @@ def photo_prompts(subject: Subject, folder: str | Path, live: bool) -> list[list
     live = live or (listing is not None and dreambench_class(listing, subject.name) in LIVE)
     training = TRAINING_LIVE if live else TRAINING
     test = dreambench_prompts(listing, live) if listing else OWN_TEST
-    return [[SubjectPrompt(p.format(name)) for p in prompts] for prompts in (training, VALIDATION, test)]
+    return [[SubjectPrompt(p.replace("{}", name)) for p in prompts] for prompts in (training, VALIDATION, test)]
 
 
 def own_prompts(path: str | Path, counts: tuple[int, int, int]) -> list[list[SubjectPrompt]]:
     """Prompts of a text file, one a line: the first train, the next validate, the next test, as many as `counts`."""
-    lines = [line.strip() for line in _read(Path(path)).splitlines() if line.strip()]
-    words = [re.findall(r"\w+", line.replace(SUBJECT, " ").lower()) for line in lines]
+    lines = [line.strip() for line in _read(Path(path)).split("\n") if line.strip()]
+    words = [tuple(re.findall(r"\w+", line.replace(SUBJECT, " ").lower())) for line in lines]
     for line, rest in zip(lines, words):
         if SUBJECT not in line:
             raise ValueError(f"--prompt-file {path}: {line!r} lacks {SUBJECT}, the name of the subject")
         if not rest:
             raise ValueError(f"--prompt-file {path}: {line!r} says nothing beside {SUBJECT}")
     starts = 0, counts[0], counts[0] + counts[1]
-    if twice := [p for i, p in enumerate(lines) if words[i] in words[:i]]:
-        raise ValueError(f"--prompt-file {path}: {twice[0]!r} stands there twice; a prompt serves for one purpose")
+    seen = set[tuple[str, ...]]()
+    for line, rest in zip(lines, words):
+        if rest in seen:
+            raise ValueError(f"--prompt-file {path}: {line!r} stands there twice; a prompt serves for one purpose")
+        seen.add(rest)
     if len(lines) <= starts[2]:
         raise ValueError(
             f"--prompt-file {path}: {len(lines)} prompts; {counts[0]} train, {counts[1]} validate, the next test"

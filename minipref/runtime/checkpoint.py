@@ -6,29 +6,111 @@ A file is {"kind": …, "config": {…}, "state": {name: tensor}, "meta": {…}}
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import os
+import shutil
+import tempfile
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+UMASK = os.umask(0o022)  # of this process: asking sets it
+os.umask(UMASK)
 
-def atomic_write(path: str | Path, write) -> None:
-    """Calls write(temporary path), then moves the file into its place in one step."""
+LEFT_OVER = 3600  # seconds after which a temporary file in a run folder is one that a killed process left
+_run_folders: set[Path] = set()
+
+
+def protect(folder: str | Path) -> None:
+    """From now on nothing is written through a link below this run folder (the folder itself may be reached by one): a
+    run from elsewhere must not make us write elsewhere. Removes what a killed process has left in it."""
+    folder = Path(os.path.abspath(folder))
+    _run_folders.add(folder)
+    for path in folder.glob(".*.tmp*"):
+        if not path.is_symlink() and path.is_file() and time.time() - path.stat().st_mtime > LEFT_OVER:
+            path.unlink()
+
+
+def _refuse_links(path: Path) -> None:
+    path = Path(os.path.abspath(path))
+    for root in _run_folders & set(path.parents):
+        for part in path.parents:
+            if part == root:
+                break
+            if part.is_symlink():
+                raise ValueError(f"{part}: is a link; nothing is written through links inside a run folder")
+
+
+def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Calls write(temporary path), flushes, and moves the file into its place in one step: whole or not at all.
+
+    The temporary file lies beside its place; its name cannot be guessed and it is made anew, never a link. Raises
+    OSError that names the file, ValueError where its folder is a link inside a run folder.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    _refuse_links(path)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         with open(temporary, "r+b") as f:
             os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as e:  # RuntimeError: how torch reports a full disk
+        if isinstance(e, RuntimeError) and "out of memory" in str(e):
+            raise
+        raise OSError(f"{path}: could not be written ({_reason(e, path)})") from e
+    finally:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+
+
+def check_place(path: str | Path, flag: str) -> None:
+    """Refuses, before the work, a file to write that exists already or whose folder cannot be written to."""
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise ValueError(f"{flag} {path}: is there already; name another file")
+    folder = next(p for p in path.absolute().parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} {path}: {folder} is no folder that can be written to")
+
+
+def free_name(path: Path) -> Path:
+    """The path itself, or its first sibling NAME-2, NAME-3 … that does not exist."""
+    for i in range(1, 10_000):
+        candidate = path if i == 1 else path.with_name(f"{path.stem}-{i}{path.suffix}")
+        if not candidate.exists() and not candidate.with_suffix("").is_dir():
+            return candidate
+    raise ValueError(f"{path}: thousands like it lie there; name another")
+
+
+def _reason(error: Exception, path: Path) -> str:
+    with contextlib.suppress(OSError):
+        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(path.parent).free < 1 << 20:
+            return "the disk is full"
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _flush_folder(folder: Path) -> None:
+    """A renamed file outlasts a power cut only when its folder is flushed, too; not every system offers that."""
+    with contextlib.suppress(OSError, AttributeError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def save(
@@ -47,10 +129,12 @@ def save(
         for k, v in state.items()
     }
     content = {"kind": kind, "config": config, "state": tensors, "meta": meta or {}}
-    try:
-        atomic_write(path, lambda p: torch.save(content, p))
-    except RuntimeError as e:  # how torch reports a full disk
-        raise OSError(f"{path}: could not be written ({e})") from e
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as f:  # given a path, torch would put its random name into the file
+            torch.save(content, f)
+
+    atomic_write(path, write)
 
 
 def load(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict]:
@@ -69,33 +153,51 @@ def load(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict]:
         raise ValueError(f"{path}: not a minipref checkpoint (it lacks kind, config and state)")
     if content["kind"] != kind:
         raise ValueError(f"{path}: holds a {content['kind']}, expected a {kind}")
-    state = {k: v.float() if v.dtype == torch.float16 else v for k, v in content["state"].items()}
-    return content["config"], state, content.get("meta", {})
+    config, state, meta = content["config"], content["state"], content.get("meta", {})
+    tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
+    if not (tensors and isinstance(config, dict) and isinstance(meta, dict)):
+        raise ValueError(
+            f"{path}: not a minipref checkpoint (its config or meta is no dictionary, or its state no tensors)"
+        )
+    return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}, meta
 
 
 def build(config_class: type, model_class: type, config: dict, state: dict[str, Tensor], path: str | Path) -> nn.Module:
     """The model that a checkpoint describes, in eval mode; one line that says so where the two do not fit."""
     try:
-        model = model_class(config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
-    except (TypeError, ValueError, ArithmeticError) as e:
-        raise ValueError(f"{path}: its configuration does not fit {config_class.__name__}: {e}") from e
-    fill(model, state, path)
+        built = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+        with torch.device("meta"):  # no memory is taken before it is known to fit
+            check_fit(model_class(built), state, path)
+        model = model_class(built)
+    except Misfit:
+        raise
+    except Exception as e:  # whatever values of wrong types lead to
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+        raise ValueError(f"{path}: its configuration does not fit {config_class.__name__} ({reason})") from e
+    model.load_state_dict(state)
     return model.eval()
+
+
+class Misfit(ValueError):
+    """Weights of another configuration."""
+
+
+def check_fit(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Raises Misfit, in one line, where names, shapes or kinds of numbers of `state` are not the model's."""
+    own = model.state_dict()
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    pairs = [(k, own[k], state[k]) for k in own if k in state]
+    wrong = [f"{k} {tuple(b.shape)} for {tuple(a.shape)}" for k, a, b in pairs if a.shape != b.shape]
+    wrong += [f"{k} {b.dtype}" for k, a, b in pairs if a.is_floating_point() != b.is_floating_point()]
+    if missing or extra or wrong:
+        first = (wrong or [f"missing {k}" for k in missing] or [f"unknown {k}" for k in extra])[0]
+        raise Misfit(
+            f"{path}: weights of another configuration ({len(missing)} tensors missing, {len(extra)} unknown, "
+            f"{len(wrong)} of another shape or kind; first: {first})"
+        )
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """model.load_state_dict with an error of one line."""
-    own = model.state_dict()
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    wrong = [
-        f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if missing or extra or wrong:
-        first = (wrong or [f"missing {k}" for k in missing] or [f"unknown {k}" for k in extra])[0]
-        raise ValueError(
-            f"{path}: weights of another configuration ({len(missing)} tensors missing, {len(extra)} unknown, "
-            f"{len(wrong)} of another shape; first: {first})"
-        )
+    check_fit(model, state, path)
     model.load_state_dict(state)

@@ -7,13 +7,16 @@ Presets are dictionaries of values; flags override them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import signal
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 MOST = 1_000_000_000  # upper limit of a number that has none of its own
@@ -112,21 +115,62 @@ def parse(
     return config
 
 
+def printable(text: str) -> str:
+    """One line without control characters: a file's name must not be able to speak for the program."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class Steady:
+    """A stream that never ends a run: what its encoding lacks is escaped, and a closed end is nobody's fault."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            encoding = getattr(self.stream, "encoding", None) or "utf-8"
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError, AttributeError):  # a full disk, a closed pipe, no stream at all
+            pass
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        try:
+            return bool(self.stream.isatty())
+        except (OSError, ValueError, AttributeError):
+            return False
+
+
 def run_main(prog: str, main: Callable[[], None]) -> None:
     """Runs a script: errors that its user can mend are one line and exit code 2, not a traceback."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (s if isinstance(s, Steady) else Steady(s) for s in streams)
+
+    def stop(message: str, code: int = 2) -> NoReturn:
+        print(f"{prog}: {printable(' '.join(message.split()))}", file=sys.stderr)
+        sys.exit(code)
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():  # SIGTERM stops a run as Ctrl-C does
+        signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
     except (ValueError, OSError) as e:
-        print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+        stop(str(e))
     except (RuntimeError, MemoryError) as e:  # torch says of a CPU "can't allocate memory", of a GPU "out of memory"
         if not (isinstance(e, MemoryError) or "allocate memory" in str(e) or "out of memory" in str(e)):
             raise
-        print(
-            f"{prog}: out of memory; ask for fewer pictures or prompts at a time (--help lists the flags)",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        stop("out of memory; ask for fewer pictures or prompts at a time (--help lists the flags)")
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; every file that was written is whole", file=sys.stderr)
-        sys.exit(130)
+        stop("interrupted; every file that was written is whole", 130)
+    finally:
+        sys.stdout, sys.stderr = streams

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from .checkpoint import atomic_write
+from .checkpoint import atomic_write, protect
 
 
 def _plain(value: Any) -> Any:
@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not readable as JSON, cut short or damaged ({e})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object")
@@ -49,7 +49,11 @@ class RunFolder:
         self.path = Path(out) if out else self._free(Path(default))
         if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
             raise ValueError(f"--out {self.path}: holds something already; name another folder")
-        (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise OSError(f"--out {self.path}: cannot be made ({e.strerror}: {e.filename})") from e
+        protect(self.path)
         self.rows: list[dict] = []
         versions = {"minipref": __version__, "torch": torch.__version__, "python": platform.python_version()}
         self.write_json("config.json", config | {"script": script, "versions": versions})
@@ -67,8 +71,12 @@ class RunFolder:
     def log(self, **row: Any) -> None:
         """Appends one line to metrics.jsonl."""
         self.rows.append(row)
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(_plain(row)) + "\n")
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(_plain(row)) + "\n")
+        except OSError as e:
+            raise OSError(f"{path}: could not be written ({e.strerror})") from e
 
     def write_json(self, name: str, content: dict) -> None:
         text = json.dumps(_plain(content), indent=2) + "\n"

@@ -220,7 +220,7 @@ def rate_completions(
     world, samples = prompt_seed("rating", seed), len(images) // len(prompts)
     if len(images) != samples * len(prompts):
         raise ValueError(f"{len(images)} completions of {len(prompts)} prompts: expected as many of each")
-    generator = torch.Generator().manual_seed(world + start)
+    generator = torch.Generator().manual_seed(world + start * 1_000_003)  # seeds are below a million: no two meet
     completed, extra = len(images), min(WIDENED, samples) if widened else 0
     index = list(range(completed))
     if extra:
