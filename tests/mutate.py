@@ -20,9 +20,11 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from kernel_faults import KERNEL_FAULTS
+from orchestration_faults import ORCHESTRATION_FAULTS, SEEN_BY
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {  # the tests that know a file best come first
@@ -41,6 +43,7 @@ SPECIFICATIONS = {
     "kernels/preference_loss.py": ["denoising_loss", "preference_margin", "preference_loss"],
 }
 TIMEOUT = 300  # seconds; a mutant that hangs is killed, and so are tests on a machine that is too busy
+SCRIPTS_TIMEOUT = 1800  # the same for tests that run whole scripts
 DIED = -1
 KERNEL_TESTS = ["tests/test_kernels.py", "tests/test_kernel_operators.py"]
 
@@ -207,13 +210,13 @@ def run(folder: str, tests: list[str], results) -> None:
         results.put(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
 
 
-def outcome(folder: str, tests: list[str]) -> int:
+def outcome(folder: str, tests: list[str], timeout: float = TIMEOUT) -> int:
     """Exit status of the tests against the package in `folder`; DIED where the process died or hung."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     process = context.Process(target=run, args=(folder, tests, results))
     process.start()
-    process.join(TIMEOUT)
+    process.join(timeout)
     if process.is_alive():
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -224,9 +227,9 @@ def outcome(folder: str, tests: list[str]) -> int:
 def package_copy():
     """A folder with the package, its scripts and its tests, to be spoilt."""
     with tempfile.TemporaryDirectory() as folder:
-        for part in ("minipref", "tests"):
+        for part in ("minipref", "tests", "tutorials"):
             shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__"))
-        for path in [ROOT / "pyproject.toml", *ROOT.glob("train_*.py")]:
+        for path in [ROOT / "pyproject.toml", ROOT / "README.md", *ROOT.glob("train_*.py")]:
             shutil.copy(path, folder)
         yield folder
 
@@ -253,6 +256,51 @@ def kernel_faults() -> int:
     return int(survived > 0)
 
 
+def try_faults(numbers: list[int], results) -> None:
+    """In a process of its own: each of these orchestration faults in turn, in a copy of the project of its own.
+
+    Number −1: the tests without any fault.
+    """
+    with package_copy() as folder:
+        for number in numbers:
+            name, old, new = ORCHESTRATION_FAULTS[number] if number >= 0 else ("", "", "")
+            tests = SEEN_BY[name] if name else sorted({t for tests in SEEN_BY.values() for t in tests})
+            path, started = Path(folder) / (name or "pyproject.toml"), time.time()
+            text = path.read_text(encoding="utf-8")
+            if name and text.count(old) != 1:
+                raise ValueError(f"{name}: {text.count(old)} places read {old!r}")
+            path.write_text(text.replace(old, new) if name else text, encoding="utf-8")
+            code = outcome(folder, [f"tests/test_{t}.py" for t in tests], SCRIPTS_TIMEOUT)
+            path.write_text(text, encoding="utf-8")
+            results.put((number, code, time.time() - started))
+
+
+def orchestration_faults(jobs: int, chosen: list[int]) -> int:
+    """Every listed fault, `jobs` at a time. -> 0 where at least 95 % make a test fail."""
+    context = multiprocessing.get_context("fork")
+    results, survivors = context.Queue(), []
+    every = [-1, *chosen]
+    workers = [context.Process(target=try_faults, args=(every[i::jobs], results)) for i in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for count in range(1, len(every) + 1):
+        number, code, seconds = results.get()
+        if number < 0:
+            if code:
+                print(
+                    f"without any fault the tests {'take too long' if code == DIED else 'fail'}: no result", flush=True
+                )
+            continue
+        name, old, new = ORCHESTRATION_FAULTS[number]
+        how = {0: "SURVIVED", DIED: "died or hung"}.get(code, "killed")
+        survivors += [number] if not code else []
+        text = " ".join(f"{old} -> {new}".split())
+        print(f"- [{count}] {how} in {seconds:.0f} s, {number}, {name}: {text}", flush=True)
+    share = 1 - len(survivors) / len(chosen)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} orchestration faults killed: {share:.1%}")
+    return int(share < 0.95)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=240)
@@ -261,6 +309,9 @@ def main() -> int:
     parser.add_argument("--within", default="", help="only mutants whose line of code contains this text")
     parser.add_argument("--defs", nargs="*", help="only mutants in the functions and classes of these names")
     parser.add_argument("--kernel-faults", action="store_true", help="the faults that fused kernels are prone to")
+    parser.add_argument("--orchestration-faults", action="store_true", help="those of scripts, pipeline and data")
+    parser.add_argument("--numbers", type=int, nargs="*", help="of the orchestration faults, only these")
+    parser.add_argument("--jobs", type=int, default=2, help="orchestration faults tried at a time")
     args = parser.parse_args()
 
     import numpy  # noqa: F401  loaded once, before the processes are forked
@@ -273,6 +324,8 @@ def main() -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if args.kernel_faults:
         return kernel_faults()
+    if args.orchestration_faults:
+        return orchestration_faults(args.jobs, args.numbers or list(range(len(ORCHESTRATION_FAULTS))))
     files = args.files or FILES
     trees = {f: ast.parse((ROOT / "minipref" / f).read_text(encoding="utf-8")) for f in files}
     every = [(f, i) for f, tree in trees.items() for i in range(len(list(mutations(tree))))]

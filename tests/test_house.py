@@ -1,5 +1,6 @@
 """The house keeps its order: checkpoints, run folders, pictures that people bring."""
 
+import ast
 import dataclasses
 import json
 import platform
@@ -267,6 +268,15 @@ def test_the_faults_that_mutate_injects_have_their_place(name, old, new):
     """Not among the kernels' own tests: there it would fail for every fault, and hide whether they notice it."""
     text = (ROOT / "minipref" / "kernels" / f"{name}.py").read_text(encoding="utf-8")
     assert text.count(old) == 1 and old != new
+
+
+@pytest.mark.parametrize("number", range(len(mutate.ORCHESTRATION_FAULTS)))
+def test_the_faults_of_orchestration_have_their_place_and_are_python(number):
+    name, old, new = mutate.ORCHESTRATION_FAULTS[number]
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert text.count(old) == 1 and old != new
+    ast.parse(text.replace(old, new))
+    assert all((ROOT / "tests" / f"test_{t}.py").is_file() for t in mutate.SEEN_BY[name])
 
 
 def test_mutate_knows_every_file_that_is_a_paper_and_its_tests():
