@@ -326,6 +326,7 @@ REAL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command,name", REAL)
 def test_the_same_holds_of_real_commands(command, name, place, before):
     first, *arguments = shlex.split(command)

@@ -215,6 +215,7 @@ def test_gradients_are_compared_on_one_scale():
     assert b.difference(a) == pytest.approx(1e-9) and c.difference(a) == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_bench_prints_a_table_with_machine_and_command(capsys, tmp_path):
     out = tmp_path / "bench.md"
     argv = ["--batch-size", "2", "--sampling-steps", "2", "--train-steps", "1", "--rounds", "1", "--out", str(out)]

@@ -28,6 +28,7 @@ def test_every_shape_is_found_with_its_place_and_size(shape, radius):
     assert found.colours["red"] >= 0.6
 
 
+@pytest.mark.slow
 def test_true_scenes_obey_themselves_and_strangers_do_not():
     """400 random scenes: at least 99 % pass whole; each against its neighbour's picture: at most 2 %."""
     scenes = world.scenes(prompt_seed("held out", 77), 0, 400)

@@ -108,6 +108,7 @@ def test_unet_has_the_layers_of_stable_diffusion_inpainting(diffusers, extra):
     assert layers(ours) == layers(theirs)
 
 
+@pytest.mark.slow
 def test_unet_of_stable_diffusion_15_inpainting_gives_diffusers_numbers(diffusers):
     with torch.device("meta"):
         ours, theirs = UNet(SD15_INPAINT_UNET), diffusers.UNet2DConditionModel(**SD15)

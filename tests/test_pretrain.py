@@ -169,6 +169,7 @@ def test_pretraining_runs_from_nothing_to_a_model_that_samples(tmp_path, monkeyp
         assert all(torch.equal(a[k], b[k]) for k in a), name
 
 
+@pytest.mark.slow
 def test_pretraining_makes_no_reward_model_and_prints_the_two_commands_that_use_one(tmp_path, monkeypatch, capsys):
     """Both are run as printed, each with flags that make it small."""
     out = tmp_path / "base"

@@ -57,6 +57,7 @@ def fills():
     }
 
 
+@pytest.mark.slow
 def test_the_truth_beats_a_clean_fill_beats_a_sloppy_fill(fills):
     _, labels = fills
     assert len(labels["truth"]) == COUNT
@@ -73,6 +74,7 @@ def test_bad_fills_fall_below_clean_ones(fills, way):
     assert labels["clean"].mean() - labels[way].mean() > 0.3
 
 
+@pytest.mark.slow
 def test_gold_is_a_number_from_one_to_seven_whatever_the_scene():
     """Among 3,000 scenes are holes that show nothing but a thing's edge."""
     prompts = scene_prompts(5, 0, 3000)

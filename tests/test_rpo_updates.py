@@ -31,7 +31,7 @@ def by_hand(steps, *, beta, switches, seed=0):
     policy = load_unet(SHIPPED / "unet.pt")[0].to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.01)
     draws, coins = (torch.Generator().manual_seed(1000 * seed + i * 10**9) for i in range(2))
-    abar, seen = pipe.schedule.abar.float(), []
+    abar, seen, mixed = pipe.schedule.abar.float(), [], []
 
     def chance(r, g):
         """Labels: a reference's likeness to the subject is that to the other references, under the same prompt."""
@@ -60,6 +60,7 @@ def by_hand(steps, *, beta, switches, seed=0):
             return (unet(condition.unet_input(x_t), t, condition.context) - v).square().mean((1, 2, 3))
 
         said = [texts[i] for i in g]
+        mixed.append(len(set(said)) * len(set(r.tolist())))
         of_ref = instance if "instance" in switches else said
         theta_ref, theta_gen = error(policy, x_ref[r], ref, of_ref), error(policy, x_gen[g], gen, said)
         with torch.no_grad():
@@ -83,6 +84,7 @@ def by_hand(steps, *, beta, switches, seed=0):
         if "preference" in parts:
             parts |= {"margin": margin.mean(), "label": y.mean()}
         seen.append({k: v.item() for k, v in parts.items()} | {"loss": loss.item()})
+    assert max(mixed) == 4 or "dreambooth" in switches  # two prompts and two references in one update
     R, G = len(shown), len(texts)
     every = chance(torch.arange(R).repeat_interleave(G), torch.arange(G).repeat(R))
     return policy, seen, every.mean().item()

@@ -97,6 +97,7 @@ def test_evaluate_without_a_run_judges_text_to_image(capsys, tmp_path):
         evaluate.main(["--reward", "brightness"])
 
 
+@pytest.mark.slow
 def test_the_base_against_itself_wins_s_of_s_plus_one(tmp_path, run):
     """A run whose last.pt is the base model. 96 prompts; bounds of 5.5 standard errors, false alarm 1e-7 in all."""
     folder, twin = run[0], tmp_path / "twin"
@@ -122,6 +123,7 @@ def test_the_table_counts_each_models_wins_over_the_same_opponent():
     assert rates == [0.0, 0.5, 0.75, 0.75]
 
 
+@pytest.mark.slow
 def test_the_kl_of_a_rollout_is_the_mean_log_ratio_of_its_trajectories():
     """Closed form against Monte Carlo: E[log p − log q] over 96 rollouts; 6 standard errors, false alarm 2e-9. And by
     the means of each step, on trajectories of the stream "kl"."""

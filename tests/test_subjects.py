@@ -75,6 +75,7 @@ def test_prompts_name_the_class_and_never_what_makes_the_subject_itself():
         subject_prompts(SUBJECTS[0], 0, 1000)
 
 
+@pytest.mark.slow
 def test_the_true_measures_pass_true_pictures_and_name_what_is_missing():
     """Over 14 subjects and 6 prompts each; a picture of another subject, background or second thing fails its part."""
     right, wrong = [], {"subject": [], "background": [], "second": [], "second's colour": [], "second's shape": []}

@@ -178,6 +178,7 @@ def test_the_papers_trust_constants_and_clamp_by_flag(run, tmp_path, monkeypatch
     assert (c.k, c.b, c.lo, c.hi, c.norm_kind) == (0.05, 0.7, 1.0, 2.21, "paper")
 
 
+@pytest.mark.slow
 def test_a_table_compares_features_and_objectives(run, tmp_path, monkeypatch, capsys):
     train(tmp_path / "x", monkeypatch, "--compare", ratings=run[0], epochs=1)
     text = (tmp_path / "x" / "comparison.md").read_text()
@@ -294,6 +295,7 @@ def rated_fills(count):
     return R.Ratings(prompts, images, raters, groups, ["toy"] * len(images), none)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["regression", "pairs", "bins"])
 def test_every_objective_teaches_the_features_what_raters_see(objective):
     """On prompts never trained on, trained features leave at most 0.8 of what the same untrained ones leave unexplained

@@ -338,6 +338,7 @@ def test_a_reward_that_says_nothing_is_refused_by_name_before_anything_is_writte
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_short_run_raises_its_reward_and_the_kl_weight_holds_it_back(tmp_path, monkeypatch):
     """Brightness is easy to raise: the run must do so, by far more than any noise between two seeds' base models."""
     flags = {"reward": "brightness", "lr": 3e-4, "epochs": 10, "prompts": 6, "samples": 4, "ema": 0.5, "eval_every": 10}

@@ -177,6 +177,7 @@ def test_a_prompt_that_the_text_encoder_would_cut_short_is_refused(run, tmp_path
     stops_with(lambda: sample.main(argv), "--guidance -0.5: 0 or more, or -1 for the run's own", capsys)
 
 
+@pytest.mark.slow
 def test_learning_makes_the_pictures_more_like_the_subject(tmp_path):
     summary = train(tmp_path / "x", updates=40, val_every=40, batch_size=4, mode="similarity", sampling_steps=6)
     assert summary["clip_i"]["last"] > summary["clip_i"]["base"] + 0.1
