@@ -207,7 +207,7 @@ def run(folder: str, tests: list[str], results) -> None:
         os.dup2(null.fileno(), 2)
         import pytest
 
-        results.put(int(pytest.main(["-x", "-q", "-m", "not tutorial", "-p", "no:cacheprovider", *tests])))
+        results.put(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
 
 
 def outcome(folder: str, tests: list[str], timeout: float = TIMEOUT) -> int:

@@ -152,11 +152,11 @@ def test_the_kl_of_a_rollout_is_the_mean_log_ratio_of_its_trajectories():
     assert torch.allclose(exact, again, rtol=1e-3)
 
 
-def redrawn(folder, name, stream, start):
+def redrawn(folder, name, stream, start, held_out=0, eta=1.0, seed=0):
     """Rewards and gold of held-out prompts `start` to `start` + 7, as a run of three steps draws them."""
-    pipe, prompts = Pipeline.load(None), scene_prompts(HELD_OUT, start, 8)
+    pipe, prompts = Pipeline.load(None), scene_prompts(HELD_OUT + held_out, start, 8)
     unet = pipe.unet if name == "base" else load_unet(folder / "last.pt")[0]
-    images = pipe.complete(unet, prompts, Sampling(3), seed=0, stream=stream)
+    images = pipe.complete(unet, prompts, Sampling(3, eta), seed=seed, stream=stream)
     reward = LearnedReward.load(SHIPPED / "reward.pt")
     return {"reward": reward(images, prompts).value, "gold": gold(images, prompts.masks, prompts.truth).label}
 
@@ -186,21 +186,43 @@ def test_base_and_aligned_model_are_judged_under_independent_noise_and_curves_sh
     assert [STREAMS[k] for k in ("curves", "judge base", "judge aligned", "kl")] == [-1, -2, -3, -4]
 
 
-def test_evaluate_draws_every_sample_of_either_model_with_noise_of_its_own(run):
-    """Streams 1000 (the opponent), 2000 and 2001 (the base's samples), 3000 and 3001, drawn again."""
-    folder, _ = run
-    evaluate.main(["--run", str(folder), "--prompts", "8", "--best-of", "2"])
-    text, opponent = (folder / "evaluation.md").read_text(encoding="utf-8"), redrawn(folder, "base", 1000, 8)
+def test_evaluate_draws_every_sample_of_either_model_with_noise_of_its_own(run, tmp_path):
+    """Streams 1000 (the opponent), 2000 and on (the base's samples), 3000 and on, drawn again; S = 1 and 3. Of a run
+    of another seed, held-out world and eta, on prompts after those of its curves."""
+    folder, changes = tmp_path / "x", {"seed": 5, "held_out": 3, "eta": 0.5, "eval_prompts": 11}
+    shutil.copytree(run[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    changes.pop("eval_prompts")
+    evaluate.main(["--run", str(folder), "--prompts", "8", "--best-of", "3"])
+    text, opponent = (
+        (folder / "evaluation.md").read_text(encoding="utf-8"),
+        redrawn(folder, "base", 1000, 11, **changes),
+    )
     for name, stream in (("base", 2000), ("aligned", 3000)):
-        samples = [redrawn(folder, name, stream + i, 8) for i in (0, 1)]
+        samples = [redrawn(folder, name, stream + i, 11, **changes) for i in range(3)]
         for judge in ("reward", "gold"):
-            first, second = (s[judge] for s in samples)
+            scores = torch.stack([s[judge] for s in samples], 1)  # (P, S)
             rates, moments = (text.partition(x)[2] for x in (f"| WinRate by {judge} |", f"| {judge} | mean |"))
-            rate = re.search(rf"\| {name} against .* \| 1 \| ([\d.]+) \|", rates)[1]
-            assert float(rate) == pytest.approx(wins(first, opponent[judge]), abs=6e-4)
+            for s in (1, 3):
+                rate, lo, hi, own = re.search(
+                    rf"\| {name} against .* \| {s} \| (\S+) \| (\S+) to (\S+) \| (.*) \|", rates
+                ).groups()
+                share = wins(scores[:, :s].max(1).values, opponent[judge])
+                assert float(rate) == pytest.approx(share, abs=6e-4)
+                # Wilson 1927: where z standard errors of the true share p are |share - p|; 0 and 1 end the line.
+                for p in (float(lo), float(hi)):
+                    assert (share - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / 8, abs=2e-3)
+                assert float(lo) <= share <= float(hi) and float(hi) - float(lo) > 0.3
+                assert own.strip() == ({1: "0.500", 3: "0.750"}[s] if name == "base" else "")
             mean, variance = re.search(rf"\| {name} \| (\S+) \| (\S+) \|", moments).groups()
-            assert float(mean) == pytest.approx((first + second).mean().item() / 2, abs=6e-4)
-            assert float(variance) == pytest.approx((first - second).square().mean().item() / 2, abs=6e-4)
+            assert float(mean) == pytest.approx(scores.mean().item(), abs=6e-4)
+            assert float(variance) == pytest.approx(scores.var(1).mean().item(), abs=6e-4)
+    aligned, prompts = load_unet(folder / "last.pt")[0], scene_prompts(HELD_OUT + 3, 11, 8)
+    kl = Pipeline.load(None).kl_to_base(aligned, prompts, Sampling(3, 0.5), seed=5)
+    nats, deviation = re.search(r"rollout: (\S+) nats, standard deviation (\S+)\.\n", text).groups()
+    assert (float(nats), float(deviation)) == pytest.approx((kl.mean().item(), kl.std().item()), abs=6e-3)
+    assert float(nats) > 0.05
 
 
 # ------------------------------------------------------------------------------------------------ runs of before 0.2

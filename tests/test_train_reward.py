@@ -192,7 +192,7 @@ def aligned_run(folder):
     """A run of train_rl.py whose policy differs a little from the base."""
     pipe = Pipeline.load(None)
     config = {"weights": "", "data": "", "reward": "model", "seed": 0, "held_out": 0, "eval_prompts": 8}
-    made = RunFolder(str(folder), "", config | {"sampling_steps": 2, "eta": 1.0}, "train_rl.py")
+    made = RunFolder(str(folder), "", config | {"sampling_steps": 3, "eta": 0.5}, "train_rl.py")
     unet, schedule, _ = load_unet(SHIPPED / "unet.pt")
     with torch.no_grad():
         unet.conv_out.bias += 0.05
@@ -214,7 +214,14 @@ def test_a_second_round_rates_a_policy_and_shows_the_error_on_it_before_and_afte
     guess = R.denormalise(model(third.images, third.prompts).value, third.strata, norms)
     after = summary["policy_mean_error_on_scale_after"]  # from 1 to 7, so that before and after are comparable
     assert after == pytest.approx(float((guess - truth(third)).abs().mean()), abs=1e-4)
-    assert summary["policy_mean_error_on_scale_before"] != after
+    before = load_reward(f"model:{run[0]}", None).reward
+    guess = R.denormalise(before(third.images, third.prompts).value, third.strata, before.calibration.label_norms)
+    expected = pytest.approx(float((guess - truth(third)).abs().mean()), abs=1e-4)
+    assert summary["policy_mean_error_on_scale_before"] == expected and expected != after
+    every = scene_prompts(prompt_seed("rating", 0), 500_000, 20).repeat_each(2)
+    aligned = load_unet(policy / "last.pt")[0]  # what is rated are its pictures, sampled as in its run
+    theirs = Pipeline.load(None).complete(aligned, every, Sampling(3, 0.5), seed=0, stream=0, first=1_000_000)
+    assert (new.images - theirs).abs().max() < 0.5 / 255 + 1e-6
     pipe, prompts = Pipeline.load(None), scene_prompts(prompt_seed("held out", 0), 0, 128)
     drawn = [
         pipe.complete(u, prompts, Sampling(2), seed=0, stream="policies")
