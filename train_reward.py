@@ -10,6 +10,7 @@ good the result is and how far it knows its own error.
 
 from __future__ import annotations
 
+from minipref.runtime.config import opt, parse, printable, run_main  # isort: skip  (first: it answers Ctrl-C)
 import copy
 import math
 import time
@@ -32,7 +33,6 @@ from minipref.pipeline import Pipeline, Sampling
 from minipref.presets import SMALL_FEATURES
 from minipref.reward_model import Calibration, Judged, LearnedReward
 from minipref.runs import RENAMED, load_pipeline, load_run
-from minipref.runtime.config import opt, parse, printable, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import raters as toy_raters
 from minipref.toy import world as toy_world

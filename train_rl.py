@@ -9,6 +9,7 @@ better ones of each prompt more probable, each sample weighted by how far its re
 
 from __future__ import annotations
 
+from minipref.runtime.config import opt, parse, printable, run_main  # isort: skip  (first: it answers Ctrl-C)
 import copy
 import math
 import re
@@ -31,7 +32,6 @@ from minipref.reward_model import Scores
 from minipref.rewards import CheckedReward, Reward, load_reward
 from minipref.runs import RENAMED, load_pipeline
 from minipref.runtime import checkpoint
-from minipref.runtime.config import opt, parse, printable, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import raters as toy_raters
 from minipref.toy import world as toy_world

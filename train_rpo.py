@@ -10,6 +10,7 @@ loss), and the lambda-harmonic reward on validation prompts decides which step t
 
 from __future__ import annotations
 
+from minipref.runtime.config import opt, parse, printable, run_main  # isort: skip  (first: it answers Ctrl-C)
 import copy
 import time
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,6 @@ from minipref.pipeline import Pipeline, Sampling
 from minipref.rewards import ImageJudge, SubjectReward, arithmetic, harmonic, stripped
 from minipref.runs import RENAMED, load_pipeline
 from minipref.runtime import checkpoint
-from minipref.runtime.config import opt, parse, printable, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import judge as toy_judge
 from minipref.toy import subjects as toy_subjects

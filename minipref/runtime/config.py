@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import sys
 import threading
@@ -19,6 +20,19 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
+
+
+def _interrupted(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """sys.excepthook: Ctrl-C while a script still imports torch is one line, too. Scripts import this file first."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+if sys.excepthook is sys.__excepthook__:  # a notebook's own stays
+    sys.excepthook = _interrupted
+
 MOST = 1_000_000_000  # upper limit of a number that has none of its own
 
 

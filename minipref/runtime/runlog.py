@@ -42,6 +42,14 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl. ValueError in one line where it cannot be read."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not readable as lines of JSON, cut short or damaged ({e})") from None
+
+
 class RunFolder:
     """Creates the folder and writes into it; nothing that lies there is ever overwritten by another run."""
 
