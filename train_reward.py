@@ -33,6 +33,7 @@ from minipref.pipeline import Pipeline, Sampling
 from minipref.presets import SMALL_FEATURES
 from minipref.reward_model import Calibration, Judged, LearnedReward
 from minipref.runs import RENAMED, load_pipeline, load_run
+from minipref.runtime.checkpoint import write_text
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import raters as toy_raters
 from minipref.toy import world as toy_world
@@ -358,8 +359,7 @@ def compare(split: dict[str, Ratings], cfg: RewardConfig, pipe: Pipeline, path: 
         figures = judge(model, split["judge"], cfg).figures
         cells = [f"{figures[k]:.3f}" for k in COMPARED]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {time.time() - start:.0f} |")
-    text = "\n".join(lines) + "\n"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text := "\n".join(lines) + "\n")
     return text
 
 

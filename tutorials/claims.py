@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minipref.metrics import t_interval
-from minipref.runtime.checkpoint import atomic_write
+from minipref.runtime.checkpoint import write_text
 from minipref.runtime.runlog import progress, read_json, read_rows
 
 # Name of a variant -> its flags. From the first one the others differ in one thing each, but for the paper's labels.
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     before = out / "provenance.txt"
     if before.exists() and before.read_bytes() != made_by.encode():
         raise ValueError(f"--out {out}: its runs were made by other code or weights; choose another folder")
-    atomic_write(before, lambda p: p.write_text(made_by))
+    write_text(before, made_by)
     variants = {n: known[n] for n in known if n in chosen}
     command = f"`python tutorials/claims.py {shlex.join(sys.argv[1:] if argv is None else argv)}`"
     if cfg.study == "rpo":
@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         title = f"# The trust weight, {cfg.seeds} seeds"
         lines = [title, "", command, "", "95 % intervals: Student's t over the seeds.", "", rl_table(cfg, variants)]
     text = "\n".join(lines)
-    atomic_write(out / "claims.md", lambda p: p.write_text(text + "\n", encoding="utf-8"))
+    write_text(out / "claims.md", text + "\n")
     print(text)
 
 

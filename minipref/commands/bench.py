@@ -29,7 +29,7 @@ from ..models.unet import UNet
 from ..pipeline import Pipeline, pick_device
 from ..presets import SD15_INPAINT_UNET
 from ..runs import RENAMED
-from ..runtime.checkpoint import atomic_write, check_place
+from ..runtime.checkpoint import check_place, write_text
 from ..runtime.config import opt, parse
 from ..toy.world import scene_prompts
 from .bench_kernels import kernel_table
@@ -276,4 +276,4 @@ def main(argv: list[str] | None = None) -> None:
         text += ["## An epoch", "", epoch_table(cfg.rounds, cfg.threads), ""]
     print("\n".join(text))
     if cfg.out:
-        atomic_write(cfg.out, lambda p: p.write_text("\n".join(text), encoding="utf-8"))
+        write_text(cfg.out, "\n".join(text))

@@ -21,7 +21,7 @@ from ..models.unet import UNet
 from ..pipeline import Sampling
 from ..rewards import load_reward
 from ..runs import RENAMED, held_out_prompts, judged_by, load_pipeline, load_run
-from ..runtime.checkpoint import atomic_write
+from ..runtime.checkpoint import write_text
 from ..runtime.config import opt, parse
 from ..runtime.runlog import progress
 from ..toy.judge import obeyed
@@ -164,5 +164,5 @@ def main(argv: list[str] | None = None) -> None:
         return
     text, out = run_report(cfg), Path(cfg.run)
     print(text)
-    atomic_write(out / "evaluation.md", lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(out / "evaluation.md", text)
     print(f"written: {out / 'evaluation.md'}, {out / 'evaluation.png'}")

@@ -11,7 +11,6 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -307,8 +306,7 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.only in ("all", part):
             figures[part] = {"command": f"python -m minipref pretrain {command}"}
             figures[part] |= train(cfg, out, figures[part]["command"])
-            text = json.dumps(figures, indent=1) + "\n"
-            checkpoint.atomic_write(out / "pretrain.json", partial(Path.write_text, data=text, encoding="utf-8"))
+            checkpoint.write_text(out / "pretrain.json", json.dumps(figures, indent=1) + "\n")
             print(part, json.dumps(figures[part]))
     if (out / "unet.pt").exists():
         weights, rewarded = (shlex.quote(str(p)) for p in (out, out.with_name(f"{out.name}-reward")))
