@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minipref import metrics
+from minipref.data.pictures import picture_list
 from minipref.data.prompts import Prompts, PromptSource, picture_sources
 from minipref.diffusion import Condition, Trajectory, replay
 from minipref.figures import rl_curves, rl_grid
@@ -30,7 +31,7 @@ from minipref.losses import advantages, clipped_surrogate, gaussian_kl
 from minipref.pipeline import Pipeline, Sampling
 from minipref.reward_model import Scores
 from minipref.rewards import CheckedReward, Reward, load_reward
-from minipref.runs import RENAMED, load_pipeline
+from minipref.runs import RENAMED, absolute, load_pipeline
 from minipref.runtime import checkpoint
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import raters as toy_raters
@@ -111,7 +112,7 @@ def main() -> None:
     curve_prompts, sampling = held_out_prompts(0, cfg.eval_prompts), Sampling(cfg.sampling_steps, cfg.eta)
     before = pipe.complete(pipe.unet, curve_prompts, sampling, seed=cfg.seed, stream="curves")
     reward.try_out(before, curve_prompts)  # a reward that cannot be used is refused before anything is written
-    run = RunFolder(cfg.out, f"runs/rl-{cfg.preset}", asdict(cfg) | whole_paths(cfg), SCRIPT)
+    run = RunFolder(cfg.out, f"runs/rl-{cfg.preset}", asdict(cfg) | places(cfg), SCRIPT)
     print(f"this run writes to {run.path}")
 
     base, policy = pipe.unet.requires_grad_(False), copy.deepcopy(pipe.unet).requires_grad_(True)
@@ -245,12 +246,11 @@ def prompt_sources(cfg: RLConfig, size: int) -> tuple[PromptSource, PromptSource
     return training, held_out
 
 
-def whole_paths(cfg: RLConfig) -> dict[str, str]:
-    """Folders as absolute paths: a run is read from other folders than it was started in."""
+def places(cfg: RLConfig) -> dict[str, str]:
+    """Folders as absolute paths, and which pictures lie there: what a run is reopened by."""
     reward = re.sub(r"(?<![\w.])model:([^+]+)", lambda m: f"model:{Path(m[1].strip()).resolve()}", cfg.reward)
-    return {"reward": reward} | {
-        k: str(Path(v).resolve()) for k, v in vars(cfg).items() if k in ("weights", "data") and v
-    }
+    pictures = {"pictures": picture_list(cfg.data)} if cfg.data else {}
+    return {"reward": reward, "weights": absolute(cfg.weights), "data": absolute(cfg.data)} | pictures
 
 
 # ------------------------------------------------------------------------------------------------ in the loop

@@ -27,7 +27,7 @@ from minipref.kernels import preference_loss_from_predictions
 from minipref.losses import denoising_loss, preference_label
 from minipref.pipeline import Pipeline, Sampling
 from minipref.rewards import ImageJudge, SubjectReward, arithmetic, harmonic, stripped
-from minipref.runs import RENAMED, load_pipeline
+from minipref.runs import RENAMED, absolute, load_pipeline
 from minipref.runtime import checkpoint
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import judge as toy_judge
@@ -119,7 +119,7 @@ def main() -> None:
     check_texts(pipe, subject, [*training, *validation, *test])
     further = ImageJudge(cfg.image_encoder, subject.references) if cfg.image_encoder else None
     pipe.schedule.timesteps(cfg.sampling_steps)  # refused before anything is written
-    run = RunFolder(cfg.out, f"runs/rpo-{cfg.preset}", asdict(cfg), SCRIPT)
+    run = RunFolder(cfg.out, f"runs/rpo-{cfg.preset}", asdict(cfg) | {"weights": absolute(cfg.weights)}, SCRIPT)
     print(f"this run writes to {run.path}")
     reward = SubjectReward(pipe.clip, pipe.tokenizer, subject.references)
     sampling, seed = Sampling(cfg.sampling_steps, cfg.eta, cfg.guidance), 1000 * cfg.seed + cfg.subject

@@ -32,7 +32,7 @@ from ..toy.world import CAPTION_SHARE, describe, prompt_source, scenes
 @dataclass(frozen=True)
 class EvaluateConfig:
     run: str = opt("", "run folder of train_rl.py; empty: how many captions the base model's text-to-image obeys")
-    weights: str = opt("", "folder with unet.pt and clip.pt; empty: those of the run, or the shipped small ones")
+    weights: str = opt("", "folder with unet.pt and clip.pt, or a run; empty: the base of --run, or the shipped ones")
     data: str = opt("", "with --run: where the run's pictures lie now; empty: where they lay")
     reward: str = opt("", "with --run: the run's own reward function, module:function, which is then imported")
     checkpoint: str = opt("", "last, best, or empty: those of the run's final comparison", choices=("", "last", "best"))
@@ -102,8 +102,7 @@ def without_paths(reward: str) -> str:
 
 def run_report(cfg: EvaluateConfig) -> str:
     """WinRate at S = 1, 3, 10 by reward and gold, their means and variances, KL: Markdown; and evaluation.png."""
-    config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device, weights=cfg.weights)
-    config |= {"data": cfg.data} if cfg.data else {}
+    config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device, weights=cfg.weights, data=cfg.data)
     seed = config["seed"] if cfg.seed < 0 else cfg.seed
     sampling = Sampling(cfg.sampling_steps or config["sampling_steps"], config["eta"])
     toy = None if config["data"] else prompt_source("held out", config["held_out"], pipe.image_size)
