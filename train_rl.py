@@ -9,7 +9,7 @@ better ones of each prompt more probable, each sample weighted by how far its re
 
 from __future__ import annotations
 
-from minipref.runtime.config import opt, parse, printable, run_main  # isort: skip  (first: it answers Ctrl-C)
+from minipref.runtime.config import check_pictures, opt, parse, printable, run_main  # isort: skip  (first: it answers Ctrl-C)
 import copy
 import math
 import re
@@ -106,7 +106,7 @@ def main() -> None:
     cfg = parse(RLConfig, None, prog=SCRIPT, description=__doc__ or "", presets=PRESETS, renamed=RENAMED[SCRIPT])
     check(cfg)
     started = time.time()
-    pipe = load_pipeline(cfg.weights, cfg.device)
+    pipe = load_pipeline(cfg.weights, cfg.device, steps=cfg.sampling_steps)
     reward = load_reward(cfg.reward, pipe, EXTRA_REWARDS, batch_size=cfg.reward_batch)
     training_prompts, held_out_prompts = prompt_sources(cfg, pipe.image_size)
     curve_prompts, sampling = held_out_prompts(0, cfg.eval_prompts), Sampling(cfg.sampling_steps, cfg.eta)
@@ -227,6 +227,9 @@ def check(cfg: RLConfig) -> None:
     """Refuses what cannot be trained; sets threads and seed."""
     if cfg.eta < 0.05:
         raise ValueError(f"--eta {cfg.eta}: the steps are deterministic and have no probability to raise; choose 1")
+    if cfg.train_steps > max(cfg.sampling_steps, RLConfig.train_steps):
+        raise ValueError(f"--train-steps {cfg.train_steps}: a completion has --sampling-steps {cfg.sampling_steps}")
+    check_pictures(cfg, "prompts samples", "eval_prompts", "win_prompts")
     if cfg.prompts * cfg.samples == 1:
         raise ValueError("--prompts 1 --samples 1: a single completion is neither better nor worse than another")
     if cfg.updates_per_epoch > cfg.prompts * cfg.samples:

@@ -120,14 +120,18 @@ def load_run(
     return config, pipe, aligned.to(memory_format=torch.channels_last).to(pipe.device)  # type: ignore[call-overload]
 
 
-def load_pipeline(weights: str, device: str, *, inside: tuple = ()) -> Pipeline:
-    """The model of a folder of weights, or of a run: its trained UNet with the rest of its base model."""
+def load_pipeline(weights: str, device: str, *, steps: int = 1, inside: tuple = ()) -> Pipeline:
+    """The model of a folder of weights, or of a run: its trained UNet with the rest of its base model. Refuses more
+    sampling `steps` than its noise schedule has."""
     if not weights or (Path(weights) / "unet.pt").exists() or not (Path(weights) / "config.json").is_file():
-        return Pipeline.load(weights, device)
+        pipe = Pipeline.load(weights, device)
+        pipe.schedule.timesteps(steps)
+        return pipe
     script = read_config(weights)["script"]
     if script not in KEYS or os.path.realpath(weights) in inside:
         raise ValueError(f"{weights}: a run that cannot be started from ({script or 'of no known script'})")
     _, pipe, unet = load_run(weights, "", device, script, inside=inside)
+    pipe.schedule.timesteps(steps)
     path = Path(weights) / f"{judged_by(weights)}.pt"
     return replace(pipe, unet=unet, fingerprint=digest(path))
 

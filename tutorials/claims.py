@@ -79,13 +79,13 @@ class ClaimsConfig:
         "rpo", "rpo: train_rpo.py and its choices; rl: the trust weight of train_rl.py", choices=("rpo", "rl")
     )
     out: str = opt("", "folder of the runs and of claims.md; empty: runs/claims-rpo or runs/claims-rl")
-    subjects: int = opt(6, "toy subjects of --study rpo", lo=2)
-    first_subject: int = opt(0, "number of the first of them", lo=0)
-    seeds: int = opt(3, "seeds, of each subject", lo=1)
-    first_seed: int = opt(0, "the first of them", lo=0)
+    subjects: int = opt(6, "toy subjects of --study rpo", lo=2, hi=1000)
+    first_subject: int = opt(0, "number of the first of them", lo=0, hi=999)
+    seeds: int = opt(3, "seeds, of each subject", lo=1, hi=1000)
+    first_seed: int = opt(0, "the first of them", lo=0, hi=999_999)
     only: str = opt("", "names of variants, separated by semicolons; empty: all")
     flags: str = opt("", 'flags for every run, such as "--lr 3e-4"')
-    jobs: int = opt(2, "runs at a time", lo=1)
+    jobs: int = opt(2, "runs at a time", lo=1, hi=1024)
 
 
 OWN = ("--subject", "--seed", "--patience", "--guard", "--eval-every", "--out", "--threads")  # flags the study sets

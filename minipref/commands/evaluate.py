@@ -22,7 +22,7 @@ from ..pipeline import Sampling
 from ..rewards import load_reward
 from ..runs import RENAMED, held_out_prompts, judged_by, load_pipeline, load_run
 from ..runtime.checkpoint import write_text
-from ..runtime.config import opt, parse
+from ..runtime.config import PICTURES, check_pictures, opt, parse
 from ..runtime.runlog import progress
 from ..toy.judge import obeyed
 from ..toy.raters import gold_reward, gold_scores
@@ -36,7 +36,9 @@ class EvaluateConfig:
     data: str = opt("", "with --run: where the run's pictures lie now; empty: where they lay")
     reward: str = opt("", "with --run: the run's own reward function, module:function, which is then imported")
     checkpoint: str = opt("", "last, best, or empty: those of the run's final comparison", choices=("", "last", "best"))
-    prompts: int = opt(512, "with --run: held-out prompts beyond those of its curves; without: captions", lo=8)
+    prompts: int = opt(
+        512, "with --run: held-out prompts beyond those of its curves; without: captions", lo=8, hi=PICTURES
+    )
     guidance: float = opt(5.0, "without --run: classifier-free guidance scale of text-to-image", lo=0)
     reward_batch: int = opt(64, "the most pictures that the reward is given at a time", lo=1, hi=100_000)
     best_of: int = opt(10, "with --run: S, the most samples a prompt", lo=1, hi=1000)
@@ -154,6 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if cfg.run:
+        check_pictures(cfg, "prompts best_of")
     if cfg.run and cfg.guidance != EvaluateConfig.guidance:
         raise ValueError("--guidance: belongs to text-to-image, without --run")
     if not cfg.run and (cfg.data or cfg.reward):

@@ -28,7 +28,7 @@ from ..pipeline import check_text, load_clip, load_unet, pick_device, text_diges
 from ..presets import SMALL_CODEC, SMALL_SCHEDULE, SMALL_SIZE, SMALL_UNET, small_clip
 from ..runs import RENAMED
 from ..runtime import checkpoint
-from ..runtime.config import opt, parse
+from ..runtime.config import PICTURES, opt, parse
 from ..runtime.runlog import progress, read_json
 from ..toy import world as S
 
@@ -44,10 +44,10 @@ class PretrainConfig:
         choices=("all", "clip", "unet"),
     )
     clip_steps: int = opt(6000, "updates of the CLIP-like encoders", lo=1)
-    clip_batch: int = opt(192, "pictures a contrastive batch", lo=2)
+    clip_batch: int = opt(192, "pictures a contrastive batch", lo=2, hi=PICTURES)
     clip_lr: float = opt(1e-3, "peak learning rate of the encoders", lo=0)
     unet_steps: int = opt(60000, "updates of the UNet", lo=1)
-    unet_batch: int = opt(32, "pictures a batch of the UNet", lo=1)
+    unet_batch: int = opt(32, "pictures a batch of the UNet", lo=1, hi=PICTURES)
     unet_lr: float = opt(2e-3, "peak learning rate of the UNet", lo=0)
     start_from: str = opt(
         "", "folder whose clip.pt or unet.pt (--only says which) is trained on, with new scenes; empty: from nothing"
