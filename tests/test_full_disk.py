@@ -19,7 +19,7 @@ from PIL import Image
 from test_bad_inputs import listing
 
 import train_rl
-from minipref.commands import sample
+from minipref.commands import evaluate, sample
 from minipref.data import rating_files
 from minipref.runtime import checkpoint, draw
 from minipref.runtime.runlog import RunFolder
@@ -155,6 +155,14 @@ def test_ratings_name_the_picture_or_the_list(size, name, tmp_path, capsys):
             capsys,
         )
     assert not (folder / name).exists() and not [p for p in tmp_path.rglob("*") if ".tmp" in p.name]
+
+
+def test_a_run_that_cannot_be_written_to_is_not_evaluated(tmp_path, monkeypatch, capsys):
+    """Its report belongs there: that is known before the work."""
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr(evaluate, "run_report", lambda cfg: pytest.fail("it works"))
+    line = f"--run {tmp_path}: cannot be written to"
+    stops_with(lambda: evaluate.main(["--run", str(tmp_path)]), line, capsys)
 
 
 def test_whole_commands_say_so_too(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ Without a run: how much of a caption the base model's text-to-image obeys.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,10 @@ def main(argv: list[str] | None = None) -> None:
     if not cfg.run:
         print(base_report(cfg))
         return
-    text, out = run_report(cfg), Path(cfg.run)
+    out = Path(cfg.run)
+    if out.is_dir() and not os.access(out, os.W_OK):
+        raise ValueError(f"--run {out}: cannot be written to, and evaluation.md belongs there")
+    text = run_report(cfg)
     print(text)
     write_text(out / "evaluation.md", text)
     print(f"written: {out / 'evaluation.md'}, {out / 'evaluation.png'}")

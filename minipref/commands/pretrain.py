@@ -7,6 +7,7 @@ carelessly. Pre-training learns what exists; alignment then chooses what people 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -282,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(cfg.out or f"runs/pretrain-{cfg.preset}")
     if cfg.start_from and cfg.only not in ("clip", "unet"):
         raise ValueError("--start-from needs --only clip or --only unet (which reads the clip.pt in --out)")
-    if cfg.start_from and out.resolve() == Path(cfg.start_from).resolve():
+    if cfg.start_from and os.path.realpath(out) == os.path.realpath(cfg.start_from):
         raise ValueError("--out and --start-from are the same folder: the earlier weights would be lost")
     for part in ("clip", "unet"):
         if cfg.only in ("all", part) and (out / f"{part}.pt").exists():

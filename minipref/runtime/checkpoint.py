@@ -13,6 +13,8 @@ import os
 import shutil
 import tempfile
 import time
+import types
+import typing
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,7 +112,7 @@ def check_place(path: str | Path, flag: str) -> None:
     path = Path(path)
     if path.exists() or path.is_symlink():
         raise ValueError(f"{flag} {path}: is there already; name another file")
-    folder = next(p for p in path.absolute().parents if p.exists())
+    folder = next(p for p in path.absolute().parents if p.exists() or p.is_symlink())  # a link to nothing, too
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"{flag} {path}: {folder} is no folder that can be written to")
 
@@ -193,10 +195,36 @@ def load(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict]:
     return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}, meta
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation such as `int | tuple[int, ...]` says."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is types.UnionType:
+        return any(_fits(value, option) for option in inner)
+    if kind is tuple:
+        return isinstance(value, (list, tuple)) and all(_fits(v, inner[0]) for v in value)
+    if kind is dict and inner:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    return type(value) is kind or kind is float and type(value) is int
+
+
+def configured(config_class: type, values: Any, path: str | Path) -> Any:
+    """The configuration that a file describes; ValueError in one line where it has other names or types."""
+    hints = typing.get_type_hints(config_class)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: its configuration does not fit {config_class.__name__} (no dictionary)")
+    wrong = [f"{k}: {type(v).__name__}" for k, v in values.items() if k not in hints or not _fits(v, hints[k])]
+    fields = dataclasses.fields(config_class)
+    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    if wrong or needed - set(values):
+        reason = (wrong or [f"{k} is missing" for k in sorted(needed - set(values))])[0]
+        raise ValueError(f"{path}: its configuration does not fit {config_class.__name__} ({reason})")
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
 def build(config_class: type, model_class: type, config: dict, state: dict[str, Tensor], path: str | Path) -> nn.Module:
     """The model that a checkpoint describes, in eval mode; one line that says so where the two do not fit."""
+    built = configured(config_class, config, path)
     try:
-        built = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
         with torch.device("meta"):  # no memory is taken before it is known to fit
             check_fit(model_class(built), state, path)
         model = model_class(built)
