@@ -10,6 +10,7 @@ good the result is and how far it knows its own error.
 
 from __future__ import annotations
 
+from minipref.runtime.config import PICTURES, opt, parse, printable, run_main  # isort: skip  (first: it answers Ctrl-C)
 import copy
 import math
 import time
@@ -32,7 +33,7 @@ from minipref.pipeline import Pipeline, Sampling
 from minipref.presets import SMALL_FEATURES
 from minipref.reward_model import Calibration, Judged, LearnedReward
 from minipref.runs import RENAMED, load_pipeline, load_run
-from minipref.runtime.config import opt, parse, printable, run_main
+from minipref.runtime.checkpoint import write_text
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import raters as toy_raters
 from minipref.toy import world as toy_world
@@ -50,10 +51,10 @@ class RewardConfig:
     score_lo: float = opt(LOWEST, "lowest score of the raters' scale", lo=-1e9)
     score_hi: float = opt(HIGHEST, "highest score of the raters' scale", lo=-1e9)
     second_round: str = opt("", "folder of an RL run whose policy's completions are rated and added")
-    second_round_prompts: int = opt(300, "prompts of the second round", lo=8)
+    second_round_prompts: int = opt(300, "prompts of the second round", lo=8, hi=PICTURES)
     out: str = opt("", "run folder; empty: runs/reward-small, or the next free name")
-    prompts: int = opt(17_000, "toy prompts that are completed and rated", lo=20)
-    samples: int = opt(3, "completions per prompt, beside two that are spoilt or mended on purpose", lo=2)
+    prompts: int = opt(17_000, "toy prompts that are completed and rated", lo=20, hi=PICTURES)
+    samples: int = opt(3, "completions per prompt, beside two that are spoilt or mended on purpose", lo=2, hi=30)
     sampling_steps: int = opt(50, "DDIM steps per completion; as in RL", lo=2, hi=1000)
     # the features
     features: str = opt("clip", "CLIP's image tower, or a convolutional one for few pixels", choices=("conv", "clip"))
@@ -65,7 +66,7 @@ class RewardConfig:
     )
     bins: int = opt(7, "number of bins of --objective bins, each with as many ratings", lo=2, hi=50)
     epochs: int = opt(40, "passes over the first split", lo=1)
-    batch_size: int = opt(5, "rated pictures per batch", lo=2)
+    batch_size: int = opt(5, "rated pictures per batch", lo=2, hi=PICTURES)
     lr: float = opt(1e-5, "peak learning rate of AdamW; 0: 1.5e-3 for conv, 5e-4 for clip", lo=0)
     dim: int = opt(256, "d, length of the feature z", lo=1, hi=65_536)
     # the last layer, its bound and its trust
@@ -121,7 +122,7 @@ def main() -> None:
     if cfg.trust_lo > cfg.trust_hi:
         raise ValueError(f"--trust-lo {cfg.trust_lo:g} --trust-hi {cfg.trust_hi:g}: the first must not be larger")
     started = time.time()
-    pipe = load_pipeline(cfg.weights, cfg.device)
+    pipe = load_pipeline(cfg.weights, cfg.device, steps=cfg.sampling_steps)
     names = [n for n in [*cfg.policies.split(","), cfg.second_round] if n]
     runs = {name: load_run(name, "", cfg.device) for name in names}
     if cfg.ratings:  # what cannot be learned from is refused before anything is written
@@ -358,8 +359,7 @@ def compare(split: dict[str, Ratings], cfg: RewardConfig, pipe: Pipeline, path: 
         figures = judge(model, split["judge"], cfg).figures
         cells = [f"{figures[k]:.3f}" for k in COMPARED]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {time.time() - start:.0f} |")
-    text = "\n".join(lines) + "\n"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text := "\n".join(lines) + "\n")
     return text
 
 

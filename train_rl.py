@@ -9,6 +9,7 @@ better ones of each prompt more probable, each sample weighted by how far its re
 
 from __future__ import annotations
 
+from minipref.runtime.config import check_pictures, opt, parse, printable, run_main  # isort: skip  (first: it answers Ctrl-C)
 import copy
 import math
 import re
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minipref import metrics
+from minipref.data.pictures import picture_list
 from minipref.data.prompts import Prompts, PromptSource, picture_sources
 from minipref.diffusion import Condition, Trajectory, replay
 from minipref.figures import rl_curves, rl_grid
@@ -29,9 +31,8 @@ from minipref.losses import advantages, clipped_surrogate, gaussian_kl
 from minipref.pipeline import Pipeline, Sampling
 from minipref.reward_model import Scores
 from minipref.rewards import CheckedReward, Reward, load_reward
-from minipref.runs import RENAMED, load_pipeline
+from minipref.runs import RENAMED, absolute, load_pipeline
 from minipref.runtime import checkpoint
-from minipref.runtime.config import opt, parse, printable, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import raters as toy_raters
 from minipref.toy import world as toy_world
@@ -105,13 +106,13 @@ def main() -> None:
     cfg = parse(RLConfig, None, prog=SCRIPT, description=__doc__ or "", presets=PRESETS, renamed=RENAMED[SCRIPT])
     check(cfg)
     started = time.time()
-    pipe = load_pipeline(cfg.weights, cfg.device)
+    pipe = load_pipeline(cfg.weights, cfg.device, steps=cfg.sampling_steps)
     reward = load_reward(cfg.reward, pipe, EXTRA_REWARDS, batch_size=cfg.reward_batch)
     training_prompts, held_out_prompts = prompt_sources(cfg, pipe.image_size)
     curve_prompts, sampling = held_out_prompts(0, cfg.eval_prompts), Sampling(cfg.sampling_steps, cfg.eta)
     before = pipe.complete(pipe.unet, curve_prompts, sampling, seed=cfg.seed, stream="curves")
     reward.try_out(before, curve_prompts)  # a reward that cannot be used is refused before anything is written
-    run = RunFolder(cfg.out, f"runs/rl-{cfg.preset}", asdict(cfg) | whole_paths(cfg), SCRIPT)
+    run = RunFolder(cfg.out, f"runs/rl-{cfg.preset}", asdict(cfg) | places(cfg), SCRIPT)
     print(f"this run writes to {run.path}")
 
     base, policy = pipe.unet.requires_grad_(False), copy.deepcopy(pipe.unet).requires_grad_(True)
@@ -226,6 +227,9 @@ def check(cfg: RLConfig) -> None:
     """Refuses what cannot be trained; sets threads and seed."""
     if cfg.eta < 0.05:
         raise ValueError(f"--eta {cfg.eta}: the steps are deterministic and have no probability to raise; choose 1")
+    if cfg.train_steps > max(cfg.sampling_steps, RLConfig.train_steps):
+        raise ValueError(f"--train-steps {cfg.train_steps}: a completion has --sampling-steps {cfg.sampling_steps}")
+    check_pictures(cfg, "prompts samples", "eval_prompts", "win_prompts")
     if cfg.prompts * cfg.samples == 1:
         raise ValueError("--prompts 1 --samples 1: a single completion is neither better nor worse than another")
     if cfg.updates_per_epoch > cfg.prompts * cfg.samples:
@@ -245,12 +249,11 @@ def prompt_sources(cfg: RLConfig, size: int) -> tuple[PromptSource, PromptSource
     return training, held_out
 
 
-def whole_paths(cfg: RLConfig) -> dict[str, str]:
-    """Folders as absolute paths: a run is read from other folders than it was started in."""
+def places(cfg: RLConfig) -> dict[str, str]:
+    """Folders as absolute paths, and which pictures lie there: what a run is reopened by."""
     reward = re.sub(r"(?<![\w.])model:([^+]+)", lambda m: f"model:{Path(m[1].strip()).resolve()}", cfg.reward)
-    return {"reward": reward} | {
-        k: str(Path(v).resolve()) for k, v in vars(cfg).items() if k in ("weights", "data") and v
-    }
+    pictures = {"pictures": picture_list(cfg.data)} if cfg.data else {}
+    return {"reward": reward, "weights": absolute(cfg.weights), "data": absolute(cfg.data)} | pictures
 
 
 # ------------------------------------------------------------------------------------------------ in the loop

@@ -10,6 +10,7 @@ loss), and the lambda-harmonic reward on validation prompts decides which step t
 
 from __future__ import annotations
 
+from minipref.runtime.config import check_pictures, opt, parse, printable, run_main  # isort: skip  (first: it answers Ctrl-C)
 import copy
 import time
 from dataclasses import asdict, dataclass, replace
@@ -26,9 +27,8 @@ from minipref.kernels import preference_loss_from_predictions
 from minipref.losses import denoising_loss, preference_label
 from minipref.pipeline import Pipeline, Sampling
 from minipref.rewards import ImageJudge, SubjectReward, arithmetic, harmonic, stripped
-from minipref.runs import RENAMED, load_pipeline
+from minipref.runs import RENAMED, absolute, load_pipeline
 from minipref.runtime import checkpoint
-from minipref.runtime.config import opt, parse, printable, run_main
 from minipref.runtime.runlog import RunFolder, peak_memory_mb, progress
 from minipref.toy import judge as toy_judge
 from minipref.toy import subjects as toy_subjects
@@ -114,12 +114,11 @@ def main() -> None:
     cfg = parse(RPOConfig, None, prog=SCRIPT, description=__doc__ or "", presets=PRESETS, renamed=RENAMED[SCRIPT])
     check(cfg)
     started = time.time()
-    pipe = load_pipeline(cfg.weights, cfg.device)
+    pipe = load_pipeline(cfg.weights, cfg.device, steps=cfg.sampling_steps)
     subject, (training, validation, test) = load_subject(cfg, pipe.image_size)
     check_texts(pipe, subject, [*training, *validation, *test])
     further = ImageJudge(cfg.image_encoder, subject.references) if cfg.image_encoder else None
-    pipe.schedule.timesteps(cfg.sampling_steps)  # refused before anything is written
-    run = RunFolder(cfg.out, f"runs/rpo-{cfg.preset}", asdict(cfg), SCRIPT)
+    run = RunFolder(cfg.out, f"runs/rpo-{cfg.preset}", asdict(cfg) | {"weights": absolute(cfg.weights)}, SCRIPT)
     print(f"this run writes to {run.path}")
     reward = SubjectReward(pipe.clip, pipe.tokenizer, subject.references)
     sampling, seed = Sampling(cfg.sampling_steps, cfg.eta, cfg.guidance), 1000 * cfg.seed + cfg.subject
@@ -258,6 +257,7 @@ def check(cfg: RPOConfig) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: belongs to the pictures of --references")
     if cfg.references and cfg.subject:
         raise ValueError("--subject: numbers the toy subjects; --references brings its own")
+    check_pictures(cfg, "train_prompts images", "val_prompts val_images", "test_prompts test_images", "batch_size")
     if cfg.mode == "preference" and cfg.beta == 0:
         raise ValueError("--beta 0: --mode preference would learn nothing")
     if cfg.threads:

@@ -80,7 +80,7 @@ class Schedule:
         """The T times of a sampling run, descending: (steps,) int64 (spacings as in Lin et al. 2023, Table 2)."""
         N, spacing = len(self), self.config.timestep_spacing
         if not 1 <= steps <= N:
-            raise ValueError(f"steps={steps}; choose 1 to {N}")
+            raise ValueError(f"--sampling-steps {steps}: choose 1 to {N}, the times of the noise schedule")
         if spacing == "leading":
             t = torch.arange(steps) * (N // steps) + self.config.steps_offset
         elif spacing == "trailing":
@@ -302,7 +302,7 @@ def rollout(
     `generator`: one CPU generator, or one for each sample (see `sample_generators`). `dtype`: storage type of the
     latents; each is rounded to it before it is scored and before it is fed on.
     """
-    B, device = len(condition), condition.context.device
+    B, device, timesteps = len(condition), condition.context.device, schedule.timesteps(steps)
     if isinstance(generator, torch.Generator):
         noise = torch.randn(B, steps + 1, *shape, generator=generator)
     elif len(generator) == B:
@@ -312,7 +312,6 @@ def rollout(
     noise = noise.to(device)  # (B, T+1, C, H, W)
     guided = needs_guidance(condition, guidance)  # once: comparing at every step would wait for the device
 
-    timesteps = schedule.timesteps(steps)
     next_timesteps = torch.cat([timesteps[1:], torch.tensor([-1])])
     tables = schedule.coefficients(timesteps, next_timesteps, eta)
     scored = tables[2] > 0

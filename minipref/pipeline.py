@@ -44,8 +44,8 @@ def load_unet(path: str | Path) -> tuple[UNet, Schedule, dict]:
     """-> UNet in eval mode, the noise schedule that it was trained with, and what else its file says."""
     config, state, meta = checkpoint.load(path, "unet")
     try:
-        schedule = Schedule(ScheduleConfig(**meta["schedule"]))
-    except (KeyError, TypeError, ValueError) as e:
+        schedule = Schedule(checkpoint.configured(ScheduleConfig, meta.get("schedule"), "meta"))
+    except (TypeError, ValueError) as e:
         raise ValueError(f"{path}: does not say which noise schedule its UNet was trained with ({e})") from None
     unet = checkpoint.build(UNetConfig, UNet, config, state, path)
     assert isinstance(unet, UNet)

@@ -233,9 +233,9 @@ class LearnedReward(nn.Module):
         config, state, _ = checkpoint.load(path, "reward")
         own = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
         try:
-            ridge = Ridge(state["psi"], state["V_cholesky"], config["lam"])
+            ridge = Ridge(state["psi"], state["V_cholesky"], float(config["lam"]))
             kinds, values = TOWERS[config["tower"]], config["features"]
-            calibration = Calibration(**config["calibration"])
+            calibration = checkpoint.configured(Calibration, config["calibration"], path)
         except (KeyError, TypeError) as e:
             raise ValueError(f"{path}: not a whole reward model ({type(e).__name__}: {e})") from None
         return LearnedReward(checkpoint.build(*kinds, values, own, path), ridge, calibration)

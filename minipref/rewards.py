@@ -15,12 +15,10 @@ import importlib
 import io
 import math
 import os
-import random
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +30,7 @@ from torch import Tensor
 from .data.prompts import Prompts
 from .models.tokenizer import SUBJECT
 from .reward_model import LearnedReward, Scores
+from .runtime.foreign import ForeignError, foreign_code
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -127,32 +126,6 @@ def _load(name: str, pipeline: Pipeline, built_in: dict[str, Reward], batch_size
     if not imports:
         raise ValueError(f"the run's reward is a function, {name}: say by --reward that it may be imported")
     return import_function("--reward", name)
-
-
-class ForeignError(Exception):
-    """What code that is not ours has raised."""
-
-
-@contextmanager
-def foreign_code() -> Iterator[None]:
-    """Around code that is not ours: whatever it does to random generators, gradient mode, default dtype or device is
-    undone, and what it raises, sys.exit included, becomes a ForeignError."""
-    settings = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException as e:
-        raise ForeignError(f"{type(e).__name__}: {e}") from e
-    finally:
-        torch.set_grad_enabled(settings[0])
-        torch.set_default_dtype(settings[1])
-        if torch.get_default_device() != settings[2]:
-            torch.set_default_device(settings[2])
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
 
 
 def import_function(flag: str, name: str) -> Callable:

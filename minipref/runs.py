@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .data.pictures import picture_list
 from .data.prompts import Prompts, PromptSource, picture_sources
 from .models.unet import UNet
 from .pipeline import Pipeline, digest, load_unet
@@ -44,6 +45,11 @@ KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }  # fmt: skip
 
 
+def absolute(path: str) -> str:
+    """A folder as config.json names it: a run is read from other folders than it was started in."""
+    return os.path.abspath(path) if path else ""
+
+
 def read_config(folder: str | Path) -> dict:
     """The configuration of a finished or interrupted run under today's names, its script as "script"."""
     path = Path(folder) / "config.json"
@@ -58,23 +64,32 @@ def read_config(folder: str | Path) -> dict:
 
 
 def judged_by(folder: str | Path) -> str:
-    """Which weights a run speaks of: "best" of RPO and where RL's guard has stopped it, by its log; else "last"."""
+    """Which weights a run speaks of: "best" of RPO and where RL's guard has stopped it, by its log; else "last". Of a
+    run that was stopped by hand while it wrote them, those that are there."""
     log = Path(folder) / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().split("\n") if log.is_file() else []
     stopped = bool(lines) and '"stopped": true' in lines[-1]
-    there = [(Path(folder) / f"{name}.pt").is_file() for name in ("last", "best")]
-    only_best = there == [False, True]  # stopped by hand before the first evaluation
-    return "best" if stopped or only_best or read_config(folder)["script"] == "train_rpo.py" else "last"
+    names = ["last", "best"]
+    if stopped or read_config(folder)["script"] == "train_rpo.py":
+        names.reverse()
+    return next((name for name in names if (Path(folder) / f"{name}.pt").is_file()), names[0])
 
 
 def load_run(
-    folder: str, which: str, device: str, script: str = "train_rl.py", *, weights: str = "", inside: tuple = ()
+    folder: str,
+    which: str,
+    device: str,
+    script: str = "train_rl.py",
+    *,
+    weights: str = "",
+    data: str = "",
+    inside: tuple = (),
 ) -> tuple[dict, Pipeline, UNet]:
     """-> a run's configuration, the base model's pipeline, and the trained UNet: last, best, or (which "") the one that
     its summary was judged by.
 
-    `weights`: where the base model lies now, where the run was moved to another machine; `inside`: runs that start from
-    this one, so that none starts from itself.
+    `weights`, `data`: where its base model and its pictures lie now, where it was moved to another machine; `inside`:
+    runs that start from this one, so that none starts from itself.
     """
     protect(folder)
     config = read_config(folder)
@@ -84,11 +99,18 @@ def load_run(
     for key, kind in KEYS[script].items():
         if not isinstance(config[key], kind) or isinstance(config[key], bool):
             raise ValueError(f"{file}: {key} is {str(config[key])[:60]!r}, which no run of {script} writes")
+    if data and not config.get("data"):
+        raise ValueError(f"--data {data}: {folder} had no pictures")
+    config["data"] = data or config.get("data", "")
     base = weights or config["weights"]
     if base and not weights and not Path(base).is_dir():
         raise FileNotFoundError(
-            f"{base}: the base model of {folder} does not lie there; say by --weights where it does"
+            f"{base}: the base model of {folder} is not there; say where by --weights, or in {file}"
         )
+    if not path.is_file():
+        there = [name for name in ("last.pt", "best.pt") if (Path(folder) / name).is_file()]
+        why = f"{there[0]} lies there" if there else "the run was stopped before its first evaluation"
+        raise FileNotFoundError(f"{path}: no such checkpoint; {why}")
     pipe = load_pipeline(base, device, inside=(*inside, os.path.realpath(folder)))
     aligned, _, meta = load_unet(path)
     if meta.get("base") != pipe.fingerprint:
@@ -98,22 +120,30 @@ def load_run(
     return config, pipe, aligned.to(memory_format=torch.channels_last).to(pipe.device)  # type: ignore[call-overload]
 
 
-def load_pipeline(weights: str, device: str, *, inside: tuple = ()) -> Pipeline:
-    """The model of a folder of weights, or of a run: its trained UNet with the rest of its base model."""
+def load_pipeline(weights: str, device: str, *, steps: int = 1, inside: tuple = ()) -> Pipeline:
+    """The model of a folder of weights, or of a run: its trained UNet with the rest of its base model. Refuses more
+    sampling `steps` than its noise schedule has."""
     if not weights or (Path(weights) / "unet.pt").exists() or not (Path(weights) / "config.json").is_file():
-        return Pipeline.load(weights, device)
+        pipe = Pipeline.load(weights, device)
+        pipe.schedule.timesteps(steps)
+        return pipe
     script = read_config(weights)["script"]
     if script not in KEYS or os.path.realpath(weights) in inside:
         raise ValueError(f"{weights}: a run that cannot be started from ({script or 'of no known script'})")
     _, pipe, unet = load_run(weights, "", device, script, inside=inside)
+    pipe.schedule.timesteps(steps)
     path = Path(weights) / f"{judged_by(weights)}.pt"
     return replace(pipe, unet=unet, fingerprint=digest(path))
 
 
 def held_out_prompts(config: dict, size: int, toy: PromptSource | None, start: int, count: int) -> Prompts:
     """Held-out prompts of a run's kind: of its pictures, or where it had none, from `toy`."""
-    if config.get("data"):
-        _, held_out, _ = picture_sources(config["data"], size, 0, config.get("held_out", 0))
+    if folder := config.get("data"):
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder}: the run's pictures do not lie there; say by --data where they do")
+        if config.get("pictures", own := picture_list(folder)) != own:  # others would be held out than were
+            raise ValueError(f"{folder}: holds other pictures than the run had; say by --data where those lie")
+        _, held_out, _ = picture_sources(folder, size, 0, config.get("held_out", 0))
         return held_out(start, count)
     assert toy is not None
     return toy(start, count)

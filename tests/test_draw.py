@@ -122,9 +122,9 @@ def test_save_is_atomic(tmp_path):
     before = path.read_bytes()
 
     class Broken:
-        def save(self, temporary):
-            temporary.write_bytes(b"half")
-            raise OSError("disk full")
+        def save(self, file, format):
+            file.write(b"half")
+            raise OSError("broken")
 
     with pytest.raises(OSError):
         draw.save(Broken(), path)

@@ -104,6 +104,21 @@ def test_weights_of_another_configuration_are_refused():
         checkpoint.build(UNetConfig, UNet, {**config, "colour": 1}, state, "u.pt")
 
 
+WRONG = [
+    {"sample_size": "16"}, {"sample_size": 16.0}, {"sample_size": True}, {"sample_size": [16]},
+    {"block_out_channels": [4, "x"]}, {"block_out_channels": 4}, {"attention_head_dim": "1"},
+    {"attention_head_dim": [1, None]}, {"use_linear_projection": 1}, {"norm_eps": None}, {"mid_block_type": ["x"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRONG, ids=str)
+def test_a_configuration_of_other_types_names_the_field(change):
+    config = dataclasses.asdict(TINY) | {"block_out_channels": [4], "freq_shift": 0}  # as JSON has them
+    checkpoint.build(UNetConfig, UNet, config, UNet(TINY).state_dict(), "u.pt")
+    with pytest.raises(ValueError, match=rf"^u.pt: its configuration does not fit UNetConfig \({[*change][0]}: "):
+        checkpoint.build(UNetConfig, UNet, config | change, UNet(TINY).state_dict(), "u.pt")
+
+
 # ------------------------------------------------------------------------------------------------ run folders
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -13,6 +14,7 @@ from minipref.diffusion import Condition, Schedule, ScheduleConfig, add_noise, d
 from minipref.models.clip import CLIP, CLIPConfig
 from minipref.models.tokenizer import WordTokenizer
 from minipref.models.unet import UNet, UNetConfig
+from minipref.pipeline import SHIPPED, load_unet
 from minipref.presets import SD15_INPAINT_UNET, SMALL_SCHEDULE, SMALL_UNET, small_clip
 from minipref.toy.world import WORDS
 
@@ -99,6 +101,20 @@ def test_unet_gives_diffusers_numbers_with_weights_loaded_either_way(diffusers, 
         copy.load_state_dict(randomised(source, seed).state_dict(), strict=True)
         a, b = unet_outputs(ours, theirs, config, size)
         assert max_diff(a, b) <= 1e-4 and b.std() > 0.1
+
+
+def test_the_lines_of_the_reference_load_our_weights_in_diffusers(diffusers, monkeypatch):
+    """As they stand there, from the folder of the project: the same pictures of noise from both networks."""
+    root = SHIPPED.parents[2]
+    text = (root / "tutorials" / "REFERENCE.md").read_text(encoding="utf-8")
+    (code,) = [f for f in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S) if "diffusers" in f]
+    monkeypatch.chdir(root)
+    names: dict = {}
+    exec(code, names)
+    ours, config = load_unet(SHIPPED / "unet.pt")[0], SMALL_UNET
+    a, b = unet_outputs(ours, names["unet"].eval(), config, (config.sample_size,) * 2)
+    assert max_diff(a, b) <= 1e-5 and b.std() > 0.1
+    assert names["file"]["meta"]["schedule"] == asdict(SMALL_SCHEDULE)  # where the text says that it is
 
 
 @parametrize("extra", [{}, SD2], ids=["1.5", "2.x"])

@@ -7,14 +7,15 @@ study can be stopped and continued, by the same code and weights.
 
 from __future__ import annotations
 
+from minipref.runtime.config import opt, parse, run_main  # isort: skip  (first: it answers Ctrl-C)
 import hashlib
-import json
 import math
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor
 
 from minipref.metrics import t_interval
-from minipref.runtime.config import opt, parse, run_main
-from minipref.runtime.runlog import progress
+from minipref.runtime.checkpoint import write_text
+from minipref.runtime.runlog import progress, read_json, read_rows
 
 # Name of a variant -> its flags. From the first one the others differ in one thing each, but for the paper's labels.
 RPO = {
@@ -78,13 +79,13 @@ class ClaimsConfig:
         "rpo", "rpo: train_rpo.py and its choices; rl: the trust weight of train_rl.py", choices=("rpo", "rl")
     )
     out: str = opt("", "folder of the runs and of claims.md; empty: runs/claims-rpo or runs/claims-rl")
-    subjects: int = opt(6, "toy subjects of --study rpo", lo=2)
-    first_subject: int = opt(0, "number of the first of them", lo=0)
-    seeds: int = opt(3, "seeds, of each subject", lo=1)
-    first_seed: int = opt(0, "the first of them", lo=0)
+    subjects: int = opt(6, "toy subjects of --study rpo", lo=2, hi=1000)
+    first_subject: int = opt(0, "number of the first of them", lo=0, hi=999)
+    seeds: int = opt(3, "seeds, of each subject", lo=1, hi=1000)
+    first_seed: int = opt(0, "the first of them", lo=0, hi=999_999)
     only: str = opt("", "names of variants, separated by semicolons; empty: all")
     flags: str = opt("", 'flags for every run, such as "--lr 3e-4"')
-    jobs: int = opt(2, "runs at a time", lo=1)
+    jobs: int = opt(2, "runs at a time", lo=1, hi=1024)
 
 
 OWN = ("--subject", "--seed", "--patience", "--guard", "--eval-every", "--out", "--threads")  # flags the study sets
@@ -103,6 +104,7 @@ def provenance() -> str:
 
 
 _children: set[subprocess.Popen] = set()
+_stopping = threading.Event()  # no child goes on
 
 
 def run_one(folder: Path, script: str, flags: list[str]) -> dict:
@@ -113,13 +115,14 @@ def run_one(folder: Path, script: str, flags: list[str]) -> dict:
         command = [sys.executable, str(ROOT / script), "--small", "--threads", "1", "--out", str(folder), *flags]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
             _children.add(child)
+            if _stopping.is_set():  # it was started while the others were ended
+                child.terminate()
             _, errors = child.communicate()
             _children.discard(child)
         if child.returncode:
             last = (errors.strip().splitlines() or ["said nothing"])[-1]
             raise ValueError(f"{shlex.join(command)}: exit code {child.returncode}: {last}")
-    rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return json.loads(summary.read_text(encoding="utf-8")) | {"rows": [json.loads(row) for row in rows]}
+    return read_json(summary) | {"rows": read_rows(folder / "metrics.jsonl")}
 
 
 def several(cfg: ClaimsConfig, script: str, wanted: list[tuple[str, str]]) -> list[dict]:
@@ -135,10 +138,12 @@ def several(cfg: ClaimsConfig, script: str, wanted: list[tuple[str, str]]) -> li
         jobs = [pool.submit(work, job) for job in wanted]
         return [job.result() for job in progress(jobs, "runs")]
     finally:  # after an error, Ctrl-C or SIGTERM none that waits is started, and none goes on alone
+        _stopping.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for child in tuple(_children):
             child.terminate()
         pool.shutdown()
+        _stopping.clear()
 
 
 def run_rpo(cfg: ClaimsConfig, variants: dict[str, str]) -> Summaries:
@@ -284,9 +289,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--out {out}: is no folder")
     out.mkdir(parents=True, exist_ok=True)
     before = out / "provenance.txt"
-    if before.exists() and before.read_text() != made_by:
+    if before.exists() and before.read_bytes() != made_by.encode():
         raise ValueError(f"--out {out}: its runs were made by other code or weights; choose another folder")
-    before.write_text(made_by)
+    write_text(before, made_by)
     variants = {n: known[n] for n in known if n in chosen}
     command = f"`python tutorials/claims.py {shlex.join(sys.argv[1:] if argv is None else argv)}`"
     if cfg.study == "rpo":
@@ -302,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         title = f"# The trust weight, {cfg.seeds} seeds"
         lines = [title, "", command, "", "95 % intervals: Student's t over the seeds.", "", rl_table(cfg, variants)]
     text = "\n".join(lines)
-    (out / "claims.md").write_text(text + "\n", encoding="utf-8")
+    write_text(out / "claims.md", text + "\n")
     print(text)
 
 

@@ -8,6 +8,7 @@ between `# your lines` and `# check`; `--exercise 2 --answer FILE` tries the lin
 
 from __future__ import annotations
 
+from minipref.runtime.config import opt, parse, run_main  # isort: skip  (first: it answers Ctrl-C)
 import re
 import sys
 import time
@@ -16,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from minipref.runtime.config import opt, parse, run_main
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))  # the training scripts, which tutorials import, live at the top

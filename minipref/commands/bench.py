@@ -29,7 +29,7 @@ from ..models.unet import UNet
 from ..pipeline import Pipeline, pick_device
 from ..presets import SD15_INPAINT_UNET
 from ..runs import RENAMED
-from ..runtime.checkpoint import atomic_write, check_place
+from ..runtime.checkpoint import check_place, write_text
 from ..runtime.config import opt, parse
 from ..toy.world import scene_prompts
 from .bench_kernels import kernel_table
@@ -48,10 +48,10 @@ class BenchConfig:
     size: str = opt(
         "small", "UNet of the loop: small, or sd (Stable Diffusion 1.5, random weights)", choices=("small", "sd")
     )
-    batch_size: int = opt(16, "pictures an iteration", lo=1)
+    batch_size: int = opt(16, "pictures an iteration", lo=1, hi=10_000)
     sampling_steps: int = opt(10, "T, DDIM steps of a rollout (PrefPaint: 50)", lo=2, hi=1000)
     train_steps: int = opt(3, "K, steps that are trained (PrefPaint: 5 windows)", lo=1)
-    rounds: int = opt(5, "how often every form is timed, in turn", lo=1)
+    rounds: int = opt(5, "how often every form is timed, in turn", lo=1, hi=10_000)
     seed: int = opt(0, "seed of weights and noise", lo=0)
     threads: int = opt(0, "CPU threads; 0 leaves torch's choice", lo=0, hi=1024)
 
@@ -259,6 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg = parse(BenchConfig, argv, prog="python -m minipref bench", description=__doc__ or "", renamed=RENAMED["bench"])
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if cfg.train_steps > cfg.sampling_steps:
+        raise ValueError(f"--train-steps {cfg.train_steps}: a rollout has --sampling-steps {cfg.sampling_steps}")
     device = pick_device(cfg.device)
     if cfg.out:
         check_place(cfg.out, "--out")
@@ -276,4 +278,4 @@ def main(argv: list[str] | None = None) -> None:
         text += ["## An epoch", "", epoch_table(cfg.rounds, cfg.threads), ""]
     print("\n".join(text))
     if cfg.out:
-        atomic_write(cfg.out, lambda p: p.write_text("\n".join(text), encoding="utf-8"))
+        write_text(cfg.out, "\n".join(text))

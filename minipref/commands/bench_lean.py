@@ -22,7 +22,7 @@ from torch import Tensor
 from ..losses import advantages
 from ..pipeline import Pipeline
 from ..rewards import load_reward
-from ..runtime.runlog import progress
+from ..runtime.runlog import progress, read_rows
 from ..toy.world import prompt_source
 
 PROMPTS, SAMPLES, STEPS, TRAINED, UPDATES, LR, CLIP = 16, 4, 6, 5, 2, 1e-4, 1.64
@@ -99,7 +99,7 @@ def script_epochs(epochs: int, threads: int) -> list[float]:
         flags = ["--epochs", str(epochs + 1), "--eval-every", str(epochs + 2), "--kl-weight", "0", "--guard", "0"]
         flags += ["--eval-prompts", "8", "--win-prompts", "8", "--threads", str(threads), "--out", str(out)]
         subprocess.run([sys.executable, str(SCRIPT), "--small", *flags], check=True, capture_output=True)
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = read_rows(out / "metrics.jsonl")
     ends = [row["seconds"] for row in rows]
     return [b - a for a, b in zip(ends[1:-2], ends[2:-1])]
 

@@ -5,6 +5,7 @@ Without a run: how much of a caption the base model's text-to-image obeys.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from ..models.unet import UNet
 from ..pipeline import Sampling
 from ..rewards import load_reward
 from ..runs import RENAMED, held_out_prompts, judged_by, load_pipeline, load_run
-from ..runtime.checkpoint import atomic_write
-from ..runtime.config import opt, parse
+from ..runtime.checkpoint import write_text
+from ..runtime.config import PICTURES, check_pictures, opt, parse
 from ..runtime.runlog import progress
 from ..toy.judge import obeyed
 from ..toy.raters import gold_reward, gold_scores
@@ -32,11 +33,13 @@ from ..toy.world import CAPTION_SHARE, describe, prompt_source, scenes
 @dataclass(frozen=True)
 class EvaluateConfig:
     run: str = opt("", "run folder of train_rl.py; empty: how many captions the base model's text-to-image obeys")
-    weights: str = opt("", "folder with unet.pt and clip.pt; empty: those of the run, or the shipped small ones")
+    weights: str = opt("", "folder with unet.pt and clip.pt, or a run; empty: the base of --run, or the shipped ones")
     data: str = opt("", "with --run: where the run's pictures lie now; empty: where they lay")
     reward: str = opt("", "with --run: the run's own reward function, module:function, which is then imported")
     checkpoint: str = opt("", "last, best, or empty: those of the run's final comparison", choices=("", "last", "best"))
-    prompts: int = opt(512, "with --run: held-out prompts beyond those of its curves; without: captions", lo=8)
+    prompts: int = opt(
+        512, "with --run: held-out prompts beyond those of its curves; without: captions", lo=8, hi=PICTURES
+    )
     guidance: float = opt(5.0, "without --run: classifier-free guidance scale of text-to-image", lo=0)
     reward_batch: int = opt(64, "the most pictures that the reward is given at a time", lo=1, hi=100_000)
     best_of: int = opt(10, "with --run: S, the most samples a prompt", lo=1, hi=1000)
@@ -102,8 +105,7 @@ def without_paths(reward: str) -> str:
 
 def run_report(cfg: EvaluateConfig) -> str:
     """WinRate at S = 1, 3, 10 by reward and gold, their means and variances, KL: Markdown; and evaluation.png."""
-    config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device, weights=cfg.weights)
-    config |= {"data": cfg.data} if cfg.data else {}
+    config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device, weights=cfg.weights, data=cfg.data)
     seed = config["seed"] if cfg.seed < 0 else cfg.seed
     sampling = Sampling(cfg.sampling_steps or config["sampling_steps"], config["eta"])
     toy = None if config["data"] else prompt_source("held out", config["held_out"], pipe.image_size)
@@ -155,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if cfg.run:
+        check_pictures(cfg, "prompts best_of")
     if cfg.run and cfg.guidance != EvaluateConfig.guidance:
         raise ValueError("--guidance: belongs to text-to-image, without --run")
     if not cfg.run and (cfg.data or cfg.reward):
@@ -162,7 +166,10 @@ def main(argv: list[str] | None = None) -> None:
     if not cfg.run:
         print(base_report(cfg))
         return
-    text, out = run_report(cfg), Path(cfg.run)
+    out = Path(cfg.run)
+    if out.is_dir() and not os.access(out, os.W_OK):
+        raise ValueError(f"--run {out}: cannot be written to, and evaluation.md belongs there")
+    text = run_report(cfg)
     print(text)
-    atomic_write(out / "evaluation.md", lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(out / "evaluation.md", text)
     print(f"written: {out / 'evaluation.md'}, {out / 'evaluation.png'}")

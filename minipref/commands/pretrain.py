@@ -7,11 +7,11 @@ carelessly. Pre-training learns what exists; alignment then chooses what people 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from ..pipeline import check_text, load_clip, load_unet, pick_device, text_diges
 from ..presets import SMALL_CODEC, SMALL_SCHEDULE, SMALL_SIZE, SMALL_UNET, small_clip
 from ..runs import RENAMED
 from ..runtime import checkpoint
-from ..runtime.config import opt, parse
+from ..runtime.config import PICTURES, opt, parse
 from ..runtime.runlog import progress, read_json
 from ..toy import world as S
 
@@ -45,10 +45,10 @@ class PretrainConfig:
         choices=("all", "clip", "unet"),
     )
     clip_steps: int = opt(6000, "updates of the CLIP-like encoders", lo=1)
-    clip_batch: int = opt(192, "pictures a contrastive batch", lo=2)
+    clip_batch: int = opt(192, "pictures a contrastive batch", lo=2, hi=PICTURES)
     clip_lr: float = opt(1e-3, "peak learning rate of the encoders", lo=0)
     unet_steps: int = opt(60000, "updates of the UNet", lo=1)
-    unet_batch: int = opt(32, "pictures a batch of the UNet", lo=1)
+    unet_batch: int = opt(32, "pictures a batch of the UNet", lo=1, hi=PICTURES)
     unet_lr: float = opt(2e-3, "peak learning rate of the UNet", lo=0)
     start_from: str = opt(
         "", "folder whose clip.pt or unet.pt (--only says which) is trained on, with new scenes; empty: from nothing"
@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(cfg.out or f"runs/pretrain-{cfg.preset}")
     if cfg.start_from and cfg.only not in ("clip", "unet"):
         raise ValueError("--start-from needs --only clip or --only unet (which reads the clip.pt in --out)")
-    if cfg.start_from and out.resolve() == Path(cfg.start_from).resolve():
+    if cfg.start_from and os.path.realpath(out) == os.path.realpath(cfg.start_from):
         raise ValueError("--out and --start-from are the same folder: the earlier weights would be lost")
     for part in ("clip", "unet"):
         if cfg.only in ("all", part) and (out / f"{part}.pt").exists():
@@ -307,8 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.only in ("all", part):
             figures[part] = {"command": f"python -m minipref pretrain {command}"}
             figures[part] |= train(cfg, out, figures[part]["command"])
-            text = json.dumps(figures, indent=1) + "\n"
-            checkpoint.atomic_write(out / "pretrain.json", partial(Path.write_text, data=text, encoding="utf-8"))
+            checkpoint.write_text(out / "pretrain.json", json.dumps(figures, indent=1) + "\n")
             print(part, json.dumps(figures[part]))
     if (out / "unet.pt").exists():
         weights, rewarded = (shlex.quote(str(p)) for p in (out, out.with_name(f"{out.name}-reward")))

@@ -18,7 +18,7 @@ from ..data.pictures import SUFFIXES, read_image, read_mask
 from ..data.prompts import Prompts, text_prompts
 from ..models.tokenizer import SUBJECT
 from ..pipeline import Sampling
-from ..runs import RENAMED, held_out_prompts, load_pipeline, load_run, read_config
+from ..runs import RENAMED, held_out_prompts, judged_by, load_pipeline, load_run, read_config
 from ..runtime.checkpoint import check_place, free_name
 from ..runtime.config import opt, parse
 from ..runtime.draw import grid, save, to_image
@@ -28,7 +28,7 @@ from ..toy.world import prompt_source
 @dataclass(frozen=True)
 class SampleConfig:
     run: str = opt("", "run folder of train_rl.py or train_rpo.py; empty: the base model alone")
-    weights: str = opt("", "folder with unet.pt and clip.pt; empty: those of the run, or the shipped small ones")
+    weights: str = opt("", "folder with unet.pt and clip.pt, or a run; empty: the base of --run, or the shipped ones")
     data: str = opt("", "with --run: where the run's pictures lie now; empty: where they lay")
     checkpoint: str = opt("", "last, best, or empty: those of the run's final comparison", choices=("", "last", "best"))
     image: str = opt("", "a picture to complete; empty: held-out prompts of the run")
@@ -91,6 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in (("eta", cfg.eta), ("guidance", cfg.guidance)):
         if -1 < value < 0:
             raise ValueError(f"--{name} {value:g}: 0 or more, or -1 for the run's own")
+    if cfg.data and not cfg.run:
+        raise ValueError("--data: belongs to a run; name it by --run")
     config = read_config(cfg.run) if cfg.run else {}
     of_subject = config.get("script") == "train_rpo.py"
     if of_subject:  # a subject placed by a prompt: text-to-image, sampled as in the run
@@ -100,8 +102,9 @@ def main(argv: list[str] | None = None) -> None:
     eta, guidance = (v if v >= 0 else own.get(k, 1.0) for k, v in (("eta", cfg.eta), ("guidance", cfg.guidance)))
     if cfg.run:
         script = "train_rpo.py" if of_subject else "train_rl.py"
-        config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device, script, weights=cfg.weights)
-        config |= {"data": cfg.data} if cfg.data else {}
+        config, pipe, aligned = load_run(
+            cfg.run, cfg.checkpoint, cfg.device, script, weights=cfg.weights, data=cfg.data
+        )
     else:
         pipe, aligned = load_pipeline(cfg.weights, cfg.device), None
     if pipe.tokenizer.left_out(cfg.prompt):
@@ -117,4 +120,5 @@ def main(argv: list[str] | None = None) -> None:
     for name, images in pictures.items():  # at their own size, for further use
         for i, x in enumerate(images):
             save(to_image(x), out.with_suffix("") / f"{name}_{i:02d}.png")
-    print(f"written: {out}, and each completion in {out.with_suffix('')}/")
+    by = f"; aligned: {cfg.checkpoint or judged_by(cfg.run)}.pt" if cfg.run else ""
+    print(f"written: {out}, and each completion in {out.with_suffix('')}/{by}")

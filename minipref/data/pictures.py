@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -109,6 +110,13 @@ def walk(folder: Path) -> list[Path]:
         folders[:] = [n for n in visible if os.path.realpath(os.path.join(here, n)) not in entered]
         files += [Path(here) / n for n in names if not n.startswith(".")]
     return sorted(files)
+
+
+def picture_list(folder: str | Path) -> str:
+    """A digest of which pictures lie below a folder: their names there, and their sizes in bytes."""
+    files = [p for p in walk(Path(folder)) if p.suffix.lower() in SUFFIXES and p.is_file()]
+    rows = [f"{p.relative_to(folder).as_posix()} {p.stat().st_size}\n" for p in files]
+    return hashlib.sha256("".join(sorted(rows)).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def read_folder(folder: str | Path, size: int) -> tuple[Tensor, list[Path], list[str]]:

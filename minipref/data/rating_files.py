@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.checkpoint import atomic_write
-from ..runtime.draw import to_image
+from ..runtime.checkpoint import write_text
+from ..runtime.draw import save, to_image
 from .pictures import picture_size, read_image, read_mask
 from .prompts import Prompts
 from .ratings import HIGHEST, LOWEST, WEIGHTS, Ratings
@@ -88,16 +88,15 @@ def write(
     for i, name in enumerate(prompt_ids):
         k = seen[name] = seen.get(name, -1) + 1
         row: dict = {"image": f"images/{name}_{k}.png", "masked": f"masked/{name}.png", "mask": f"masks/{name}.png"}
-        to_image(images[i]).save(folder / row["image"])
-        if k == 0:
-            to_image(masked[i]).save(folder / row["masked"])
-            to_image(prompts.masks[i]).save(folder / row["mask"])
+        pictures = {"image": images[i]} | ({"masked": masked[i], "mask": prompts.masks[i]} if k == 0 else {})
+        for key, x in pictures.items():
+            save(to_image(x), folder / row[key], flush=False)
         each = [{part: float(rater[part][i]) for part in WEIGHTS} for rater in scores]
         row |= {"prompt_id": name, "kind": prompts.kinds[i], "source": source, "scores": each}
         row |= {"origin": "widened"} if widened[i] else {}
         row |= {"scene": list(scenes[i])} if scenes else {}
         lines.append(json.dumps(row))
-    atomic_write(path, lambda p: p.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    write_text(path, "\n".join(lines) + "\n")
     return path
 
 

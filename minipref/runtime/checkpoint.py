@@ -13,8 +13,10 @@ import os
 import shutil
 import tempfile
 import time
+import types
+import typing
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,33 +50,61 @@ def _refuse_links(path: Path) -> None:
                 raise ValueError(f"{part}: is a link; nothing is written through links inside a run folder")
 
 
-def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around whatever writes a file: an error names it, and says in plain words when the disk is full."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # RuntimeError: how torch reports a full disk
+        if isinstance(e, RuntimeError) and "out of memory" in str(e):
+            raise
+        raise OSError(f"{path}: could not be written ({_reason(e, path)})") from e
+
+
+def atomic_write(path: str | Path, write: Callable[[Path], object], *, flush: bool = True) -> None:
     """Calls write(temporary path), flushes, and moves the file into its place in one step: whole or not at all.
 
-    The temporary file lies beside its place; its name cannot be guessed and it is made anew, never a link. Raises
-    OSError that names the file, ValueError where its folder is a link inside a run folder.
+    The temporary file lies beside its place; its name cannot be guessed and it is made anew, never a link. Without
+    `flush`, for thousands of files, a power cut may take them. Raises OSError that names the file, ValueError where its
+    folder is a link inside a run folder.
     """
     path = Path(path)
     _refuse_links(path)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}.", suffix=f".tmp{path.suffix}", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        with open(temporary, "r+b") as f:
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o666 & ~UMASK)
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except (OSError, RuntimeError) as e:  # RuntimeError: how torch reports a full disk
-        if isinstance(e, RuntimeError) and "out of memory" in str(e):
-            raise
-        raise OSError(f"{path}: could not be written ({_reason(e, path)})") from e
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+            os.close(handle)
+            temporary = Path(name)
+            write(temporary)
+            if flush:
+                with open(temporary, "r+b") as f:
+                    os.fsync(f.fileno())
+            os.chmod(temporary, 0o666 & ~UMASK)
+            os.replace(temporary, path)
+            if flush:
+                _flush_folder(path.parent)
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """A text file, whole or not at all; names of files in it that are no UTF-8 keep their bytes."""
+    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8", errors="surrogateescape"))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds to a text file, or makes it; where the disk is full it is left as it was."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with writing(path), open(path, "a", encoding="utf-8") as f:
+            f.write(text)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 def check_place(path: str | Path, flag: str) -> None:
@@ -82,7 +112,7 @@ def check_place(path: str | Path, flag: str) -> None:
     path = Path(path)
     if path.exists() or path.is_symlink():
         raise ValueError(f"{flag} {path}: is there already; name another file")
-    folder = next(p for p in path.absolute().parents if p.exists())
+    folder = next(p for p in path.absolute().parents if p.exists() or p.is_symlink())  # a link to nothing, too
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"{flag} {path}: {folder} is no folder that can be written to")
 
@@ -96,11 +126,14 @@ def free_name(path: Path) -> Path:
     raise ValueError(f"{path}: thousands like it lie there; name another")
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: BaseException, path: Path) -> str:
+    cause: BaseException | None = error
+    while cause and not isinstance(cause, OSError):  # torch covers the system's error with one of its own
+        cause = cause.__context__
     with contextlib.suppress(OSError):
-        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(path.parent).free < 1 << 20:
+        if getattr(cause, "errno", None) == errno.ENOSPC or shutil.disk_usage(path.parent).free < 1 << 20:
             return "the disk is full"
-    return str(getattr(error, "strerror", None) or error)
+    return str(getattr(cause, "strerror", None) or error)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -162,10 +195,36 @@ def load(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict]:
     return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}, meta
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation such as `int | tuple[int, ...]` says."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is types.UnionType:
+        return any(_fits(value, option) for option in inner)
+    if kind is tuple:
+        return isinstance(value, (list, tuple)) and all(_fits(v, inner[0]) for v in value)
+    if kind is dict and inner:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    return type(value) is kind or kind is float and type(value) is int
+
+
+def configured(config_class: type, values: Any, path: str | Path) -> Any:
+    """The configuration that a file describes; ValueError in one line where it has other names or types."""
+    hints = typing.get_type_hints(config_class)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: its configuration does not fit {config_class.__name__} (no dictionary)")
+    wrong = [f"{k}: {type(v).__name__}" for k, v in values.items() if k not in hints or not _fits(v, hints[k])]
+    fields = dataclasses.fields(config_class)
+    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    if wrong or needed - set(values):
+        reason = (wrong or [f"{k} is missing" for k in sorted(needed - set(values))])[0]
+        raise ValueError(f"{path}: its configuration does not fit {config_class.__name__} ({reason})")
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
 def build(config_class: type, model_class: type, config: dict, state: dict[str, Tensor], path: str | Path) -> nn.Module:
     """The model that a checkpoint describes, in eval mode; one line that says so where the two do not fit."""
+    built = configured(config_class, config, path)
     try:
-        built = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
         with torch.device("meta"):  # no memory is taken before it is known to fit
             check_fit(model_class(built), state, path)
         model = model_class(built)

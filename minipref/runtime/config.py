@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import sys
 import threading
@@ -19,7 +20,22 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
+
+
+def _interrupted(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """sys.excepthook: Ctrl-C while a script still imports torch is one line, too. Scripts import this file first."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+if sys.excepthook is sys.__excepthook__:  # a notebook's own stays
+    sys.excepthook = _interrupted
+
 MOST = 1_000_000_000  # upper limit of a number that has none of its own
+LONGEST = 299  # characters of a message
+PICTURES = 100_000  # of pictures that are held in memory at a time: a gigabyte of small ones
 
 
 def opt(default: Any, help: str, *, lo: float | None = None, hi: float | None = None, choices: tuple | None = None):
@@ -30,7 +46,10 @@ def opt(default: Any, help: str, *, lo: float | None = None, hi: float | None = 
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        super().exit(status, message and one_line(message) + "\n")
+
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
 
 
@@ -53,6 +72,15 @@ def validate(config: Any) -> None:
             if m.get("lo") is not None and value < m["lo"] or m.get("hi") is not None and value > m["hi"]:
                 lo, hi = ("−∞" if m["lo"] is None else m["lo"]), ("∞" if m["hi"] is None else m["hi"])
                 raise ValueError(f"{flag} {value}: out of range, allowed are {lo} to {hi}")
+
+
+def check_pictures(config: Any, *counts: str) -> None:
+    """Refuses, before the work, more pictures at a time than a machine holds. `counts`: names of fields, or several
+    that multiply, as in "prompts samples"."""
+    for names in map(str.split, counts):
+        if math.prod(getattr(config, name) for name in names) > PICTURES:
+            flags = " ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in names)
+            raise ValueError(f"{flags}: more than {PICTURES:,} pictures at a time")
 
 
 def parse(
@@ -120,6 +148,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def one_line(text: str) -> str:
+    """A message as one printable line; of a very long one, such as a name of thousands of letters, the middle is left
+    out."""
+    text = printable(" ".join(text.split()))
+    return text if len(text) < LONGEST else f"{text[: LONGEST - 110]} … {text[-100:]}"
+
+
 class Steady:
     """A stream that never ends a run: what its encoding lacks is escaped, and a closed end is nobody's fault."""
 
@@ -154,7 +189,7 @@ def run_main(prog: str, main: Callable[[], None]) -> None:
     sys.stdout, sys.stderr = (s if isinstance(s, Steady) else Steady(s) for s in streams)
 
     def stop(message: str, code: int = 2) -> NoReturn:
-        print(f"{prog}: {printable(' '.join(message.split()))}", file=sys.stderr)
+        print(one_line(f"{prog}: {message}"), file=sys.stderr)
         sys.exit(code)
 
     def interrupt(*_: Any) -> NoReturn:

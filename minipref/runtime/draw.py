@@ -5,6 +5,7 @@ Pillow's built-in font holds little more than ASCII; other characters are spelle
 
 from __future__ import annotations
 
+import io
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -131,9 +132,11 @@ def stack(images: list[Image.Image], gap: int = 12) -> Image.Image:
     return out
 
 
-def save(image: Image.Image, path: str | Path) -> None:
+def save(image: Image.Image, path: str | Path, *, flush: bool = True) -> None:
     """Writes the picture in one step; the suffix of the path says the format."""
-    atomic_write(path, image.save)
+    encoded = io.BytesIO()  # Pillow does not notice where the system writes a JPEG in part
+    image.save(encoded, Image.registered_extensions()[Path(path).suffix.lower()])
+    atomic_write(path, lambda p: p.write_bytes(encoded.getvalue()), flush=flush)
 
 
 def ticks(lo: float, hi: float, count: int = 6) -> list[float]:

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from .checkpoint import atomic_write, protect
+from .checkpoint import append_text, protect, write_text
 
 
 def _plain(value: Any) -> Any:
@@ -42,6 +42,14 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl. ValueError in one line where it cannot be read."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not readable as lines of JSON, cut short or damaged ({e})") from None
+
+
 class RunFolder:
     """Creates the folder and writes into it; nothing that lies there is ever overwritten by another run."""
 
@@ -57,8 +65,8 @@ class RunFolder:
         self.rows: list[dict] = []
         versions = {"minipref": __version__, "torch": torch.__version__, "python": platform.python_version()}
         self.write_json("config.json", config | {"script": script, "versions": versions})
-        (self.path / "command.txt").write_text(shlex.join(["python", *sys.argv]) + "\n", encoding="utf-8")
-        (self.path / "metrics.jsonl").touch()
+        write_text(self.path / "command.txt", shlex.join(["python", *sys.argv]) + "\n")
+        append_text(self.path / "metrics.jsonl", "")
 
     @staticmethod
     def _free(path: Path) -> Path:
@@ -71,16 +79,10 @@ class RunFolder:
     def log(self, **row: Any) -> None:
         """Appends one line to metrics.jsonl."""
         self.rows.append(row)
-        path = self.path / "metrics.jsonl"
-        try:
-            with open(path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(_plain(row)) + "\n")
-        except OSError as e:
-            raise OSError(f"{path}: could not be written ({e.strerror})") from e
+        append_text(self.path / "metrics.jsonl", json.dumps(_plain(row)) + "\n")
 
     def write_json(self, name: str, content: dict) -> None:
-        text = json.dumps(_plain(content), indent=2) + "\n"
-        atomic_write(self.path / name, lambda p: p.write_text(text, encoding="utf-8"))
+        write_text(self.path / name, json.dumps(_plain(content), indent=2) + "\n")
 
     def column(self, key: str, x: str = "epoch") -> tuple[list[float], list[float]]:
         """x and y of the rows that carry `key`."""
