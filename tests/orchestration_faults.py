@@ -203,13 +203,14 @@ PIPELINE = [
     ("self.clip.context(self.tokenizer(once)", "self.clip.encode_text(self.tokenizer(once)"),
 ]  # fmt: skip
 RUNS = [
-    ('stopped or only_best or read_config(folder)["script"] == "train_rpo.py"', 'stopped or only_best'),
-    ("return \"best\" if stopped or only_best", "return \"best\" if only_best"),
-    ('picture_sources(config["data"], size, 0, config.get("held_out", 0))', 'picture_sources(config["data"], size, 0, 0)'),
-    ("    _, held_out, _ = picture_sources", "    held_out, _, _ = picture_sources"),
+    ("    if stopped or read_config(folder)[\"script\"] == \"train_rpo.py\":", "    if stopped:"),
+    ("    if stopped or read_config(folder)", "    if read_config(folder)"),
+    ("picture_sources(folder, size, 0, config.get(\"held_out\", 0))", "picture_sources(folder, size, 0, 0)"),
+    ("        _, held_out, _ = picture_sources", "        held_out, _, _ = picture_sources"),
     ("return replace(pipe, unet=unet, fingerprint=digest(path))", "return replace(pipe, fingerprint=digest(path))"),
     ("return replace(pipe, unet=unet, fingerprint=digest(path))", "return replace(pipe, unet=unet)"),
     ("    if meta.get(\"base\") != pipe.fingerprint:", "    if False:"),
+    ("if config.get(\"pictures\", own := picture_list(folder)) != own:", "if False:"),
 ]  # fmt: skip
 EVALUATE = [
     ('("evaluate opponent", 0, pipe.unet)', '("evaluate base", 0, pipe.unet)'),
@@ -338,7 +339,7 @@ SEEN_BY = {
     "train_rpo.py": ["rpo_updates", "train_rpo", "sample_evaluate"],
     "train_reward.py": ["reward_updates", "train_reward", "reward_model"],
     "minipref/pipeline.py": ["pipeline", "rl_updates", "rollout", "rpo_updates", "sample_evaluate"],
-    "minipref/runs.py": ["sample_evaluate", "nothing_silent", "nobody_let_in", "train_rl", "train_rpo"],
+    "minipref/runs.py": ["moved", "sample_evaluate", "nothing_silent", "nobody_let_in", "train_rl", "train_rpo"],
     "minipref/commands/evaluate.py": ["sample_evaluate", "nobody_let_in"],
     "minipref/commands/sample.py": ["sample_evaluate"],
     "minipref/commands/pretrain.py": ["pretrain"],
