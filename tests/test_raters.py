@@ -84,6 +84,18 @@ def test_gold_is_a_number_from_one_to_seven_whatever_the_scene():
         assert label.min() >= 1 and label.max() <= 7  # NaN is neither
 
 
+@pytest.mark.parametrize("seen,share", [(0, 0), (2, 0.25), (6, 0.75), (8, 1), (12, 1)])
+def test_how_far_a_hidden_part_is_determined_grows_with_the_part_that_is_seen(seen, share):
+    """A thing of 4 × 4 pixels and the rim around it, inside the hole; from half of the thing on it is known in full."""
+    things, hole = torch.zeros(1, 12, 12, dtype=torch.int64), torch.ones(1, 12, 12, dtype=torch.bool)
+    things[0, 4:8, 4:8] = 1
+    for k in range(seen):
+        hole[0, 4 + k // 4, 4 + k % 4] = False
+    expected = torch.zeros(1, 12, 12)
+    expected[0, 3:9, 3:9] = share
+    assert torch.allclose(raters._determined(hole, things), expected * hole)
+
+
 def test_what_no_one_can_see_costs_little(fills):
     prompts, labels = fills
     faint = prompts.images + 0.02 * torch.randn(prompts.images.shape, generator=torch.Generator().manual_seed(1))

@@ -217,6 +217,19 @@ def test_prefpaints_layout_is_read(tmp_path, content):
     assert math.isnan(r.noise_scale()) and r.prompts.truth is None
 
 
+def test_the_hole_of_prefpaints_layout_is_that_of_its_mask(tmp_path):
+    """Also where a completion has painted nothing there."""
+    folder = prefpaint(tmp_path, FLAT)
+    half = np.zeros((32, 32, 3), np.uint8)
+    half[:, 16:] = 255
+    for name in ("ade_01", "n02"):
+        Image.fromarray(half).save(folder / "masks" / f"{name}_mask.png")
+        for k in range(3):
+            picture(folder / "inpaint" / f"{name}_{k}.png", colour=(0, 0, 0))
+    r, problems = rating_files.load(folder, 32)
+    assert not problems and r.prompts.masks[:, :, :, 16:].all() and not r.prompts.masks[:, :, :, :16].any()
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

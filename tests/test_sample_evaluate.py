@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from minipref.pipeline import SHIPPED, Pipeline, Sampling, load_unet
 from minipref.reward_model import LearnedReward
 from minipref.runtime import checkpoint
 from minipref.toy.raters import gold
-from minipref.toy.world import draw, scene_prompts, scenes, sloppy
+from minipref.toy.world import COLOURS, describe, draw, scene_prompts, scenes, sloppy
 
 HELD_OUT = 5 * 1_000_003  # the seed of the held-out prompts
 
@@ -90,6 +90,15 @@ def test_evaluate_without_a_run_judges_text_to_image(capsys, tmp_path):
         patch.setattr(Pipeline, "complete", lambda *a, **k: draw(batch))
         evaluate.main(["--prompts", "16"])
         assert capsys.readouterr().out.count("| any | 16 | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 |") == 2
+        # Another background is no fault where the caption names none: in the first table half of the time.
+        rng = np.random.default_rng(HELD_OUT)
+        silent = [describe(s, rng)[1].background == "" for s in batch]
+        free = [set(COLOURS) - {s.background, *(c for x in s.things for c in (x.colour, x.second))} for s in batch]
+        changed = [replace(s, background=min(f)) if quiet else s for s, f, quiet in zip(batch, free, silent)]
+        patch.setattr(Pipeline, "complete", lambda *a, **k: draw(changed))
+        evaluate.main(["--prompts", "16"])
+        shares = [float(x) for x in re.findall(r"\| any \| 16 \| ([\d.]+) ", capsys.readouterr().out)]
+        assert shares == [1, pytest.approx(1 - sum(silent) / 16, abs=1e-3)] and 0 < sum(silent) < 16
         patch.setattr(Pipeline, "complete", lambda *a, **k: torch.zeros(16, 3, 32, 32))
         evaluate.main(["--prompts", "16"])
         assert re.search(r"\| any \| 16 \| 0\.\d+ \| 0\.000 \| 0\.000 \|", capsys.readouterr().out)
