@@ -104,8 +104,9 @@ def load_reward(
 
 
 def _load(name: str, pipeline: Pipeline, built_in: dict[str, Reward], batch_size: int, imports: bool) -> Reward:
-    terms = [t.strip() for t in name.split("+")]
-    if len(terms) > 1 or "*" in name:
+    terms = [t.strip() for t in re.split(r"(?<![0-9.][eE])\+", name)]  # 1e+3 is a number
+    whole = name.startswith("model:") and Path(name[6:].strip()).exists()  # a folder may have a + in its name
+    if (len(terms) > 1 or "*" in name) and not whole:
         return _weighted_sum(terms, lambda term: _load(term, pipeline, built_in, batch_size, imports), batch_size)
     if name == "model":
         path = pipeline.folder / "reward.pt"
@@ -176,6 +177,9 @@ def _weighted_sum(terms: list[str], load: Callable[[str], Reward], batch_size: i
     return total
 
 
+LARGEST = 1e15  # reward: squares of it are numbers, too
+
+
 class CheckedReward:
     """A reward whose every answer is checked: shape (B,), finite numbers, and at first a difference between pictures.
 
@@ -216,19 +220,35 @@ class CheckedReward:
         scores = answer if isinstance(answer, Scores) else Scores(answer)
 
         def column(what: str, x: Any) -> Tensor:
-            if isinstance(x, (list, tuple, np.ndarray)):
-                with contextlib.suppress(ValueError, TypeError):
-                    x = torch.as_tensor(np.asarray(x))
-            if not isinstance(x, Tensor) or x.shape != (len(images),) or x.is_complex():
-                got = (x.dtype if x.is_complex() else tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+            numbers, got = None, type(x).__name__
+            with contextlib.suppress(Exception):  # whatever kind of list or tensor it is
+                if isinstance(x, (list, tuple)):
+                    x = torch.tensor(
+                        [float(v.detach() if isinstance(v, Tensor) else v) for v in x], dtype=torch.float64
+                    )
+                elif isinstance(x, np.ndarray) and not np.iscomplexobj(x):
+                    x = torch.from_numpy(np.array(x, dtype=np.float64))
+                if isinstance(x, Tensor):
+                    odd = x.is_complex() or x.layout != torch.strided
+                    got = f"{x.dtype}, {x.layout}" if odd else str(tuple(x.shape))
+                    if x.shape == (len(images),) and not odd:
+                        numbers = x.detach().to("cpu", torch.float32, copy=True)  # a reward may use its buffer again
+            if numbers is None:
                 raise ValueError(f"reward {self.name}: {what} {got}; {expected}")
-            if not torch.isfinite(x).all():
+            if not torch.isfinite(numbers).all():
                 raise ValueError(f"reward {self.name}: {what} NaN or infinity; {expected}")
-            return x.detach().float().cpu()
+            if numbers.abs().max() > LARGEST:
+                raise ValueError(f"reward {self.name}: {what} numbers beyond {LARGEST:g}; scale it down")
+            return numbers
 
         trust = None if scores.trust is None else column("returned a trust of", scores.trust)
-        parts = {k: column(f"returned a part {k!r} of", v) for k, v in scores.parts.items()}
+        if trust is not None and trust.min() < 0:
+            raise ValueError(f"reward {self.name}: returned a trust below 0, which would turn learning around")
+        parts = {k: column(f"returned a part {k!r} of", v) for k, v in (scores.parts or {}).items()}
         return Scores(column("returned", scores.value), trust, parts)
+
+
+AT_ONCE = 64  # pictures that a further image encoder is given
 
 
 class ImageJudge:
@@ -237,6 +257,7 @@ class ImageJudge:
     def __init__(self, name: str, references: Tensor):
         self.name, self.encoder = name, import_function("--image-encoder", name)
         self.references = self.embed(references)
+        self.embed(references[[i % len(references) for i in range(AT_ONCE)]])  # as many as it ever gets
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -247,13 +268,9 @@ class ImageJudge:
         except ForeignError as e:
             raise ValueError(f"--image-encoder {self.name}: raised {e}") from e
         D = self.references.shape[1] if hasattr(self, "references") else "D"
-        embedding = embedding.float() if isinstance(embedding, Tensor) else embedding
-        fits = (
-            isinstance(embedding, Tensor)
-            and embedding.ndim == 2
-            and len(embedding) == len(images)
-            and D in ("D", embedding.shape[1])
-        )
+        real = isinstance(embedding, Tensor) and not embedding.is_complex()
+        embedding = embedding.float().clone() if real else embedding
+        fits = real and embedding.ndim == 2 and len(embedding) == len(images) and D in ("D", embedding.shape[1])
         if not (fits and embedding.isfinite().all() and embedding.norm(dim=1).gt(0).all()):
             what = tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
             raise ValueError(
@@ -262,7 +279,7 @@ class ImageJudge:
         return torch.nn.functional.normalize(embedding, dim=1)
 
     def __call__(self, images: Tensor) -> float:
-        cosines = [self.embed(x) @ self.references.T for x in images.split(64)]
+        cosines = [self.embed(x) @ self.references.T for x in images.split(AT_ONCE)]
         return float(torch.cat(cosines).mean())
 
 

@@ -91,8 +91,8 @@ def load_run(
     `weights`, `data`: where its base model and its pictures lie now, where it was moved to another machine; `inside`:
     runs that start from this one, so that none starts from itself.
     """
-    protect(folder)
     config = read_config(folder)
+    protect(folder)
     file, path = Path(folder) / "config.json", Path(folder) / f"{which or judged_by(folder)}.pt"
     if missing := set(KEYS[script]) - set(config):
         raise ValueError(f"{file}: no run of {script}, it lacks {', '.join(sorted(missing))}")

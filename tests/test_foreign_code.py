@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import sys
 import warnings
 
@@ -35,9 +36,14 @@ MEDDLING = {
     "warnings as errors": "warnings.simplefilter('error')",
     "warnings reset": "warnings.resetwarnings()",
     "output": "sys.stdout = sys.stderr = None",
+    "autocast": "torch.set_autocast_enabled('cpu', True)",
+    "umask": "os.umask(0o777)",
+    "environment": "os.environ['OMP_NUM_THREADS'] = '7'; os.environ.pop('PATH')",
+    "Ctrl-C": "signal.signal(signal.SIGINT, signal.SIG_IGN)",
+    "SIGTERM": "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
     "everything": "torch.set_default_dtype(torch.float64); torch.set_num_threads(2); os.chdir('/'); np.random.seed(1)",
 }
-MODULES = {"np": np, "os": os, "random": random, "sys": sys, "torch": torch, "warnings": warnings}
+MODULES = {"np": np, "os": os, "random": random, "signal": signal, "sys": sys, "torch": torch, "warnings": warnings}
 
 
 def state():
@@ -46,6 +52,10 @@ def state():
     kinds = torch.empty(0).dtype, torch.empty(0).device, (torch.ones(1, requires_grad=True) * 1).requires_grad
     numbers = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_anomaly_enabled(), np.geterr()
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.umask(mask := os.umask(0o022))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    process = mask, environment, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    numbers += (torch.is_autocast_enabled("cpu"), process)
     return draws, kinds, numbers, algorithms, os.getcwd(), list(warnings.filters), (sys.stdout, sys.stderr)
 
 
@@ -63,6 +73,10 @@ def unchanged(tmp_path, monkeypatch):
             assert state() == before
         finally:
             torch.set_grad_enabled(True)
+            torch.set_autocast_enabled("cpu", False)
+            os.umask(before[2][-1][0])
+            os.environ.update(before[2][-1][1])
+            signal.signal(signal.SIGINT, before[2][-1][2]), signal.signal(signal.SIGTERM, before[2][-1][3])
             torch.set_default_dtype(torch.float32)
             torch.set_default_device(None)
             torch.set_num_threads(threads)

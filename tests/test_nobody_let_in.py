@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -272,6 +273,36 @@ def test_the_name_of_a_file_cannot_speak_for_the_program(name, tmp_path, capsys)
 def test_a_prompt_id_cannot_either(tmp_path, capsys):
     (tmp_path / "ratings.jsonl").write_text(json.dumps({"image": "\x1b[2J\nnothing is wrong", "masked": "m"}))
     stops_with(lambda: check_data.main([str(tmp_path)]), "ratings.jsonl", capsys)
+
+
+def test_a_folder_that_is_no_run_keeps_its_files(tmp_path, capsys):
+    """Also those that look like ours; and in a run, those that do not."""
+    for name in (".draft.tmp", ".notes.tmp.txt", ".weights.abcdefgh.tmp.pt"):
+        (tmp_path / name).write_text("mine")
+        os.utime(tmp_path / name, (0, 0))
+    stops_with(lambda: evaluate.main(["--run", str(tmp_path)]), "no run lies there", capsys)
+    assert len(list(tmp_path.iterdir())) == 3
+    checkpoint.protect(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".draft.tmp", ".notes.tmp.txt"]
+
+
+def test_a_small_checkpoint_cannot_fill_the_memory(tmp_path):
+    """Entries that are compressed, tensors that are expanded from a few numbers, and other kinds of tensors."""
+    state = {"w": torch.zeros(4)}
+    checkpoint.save(tmp_path / "a.pt", "clip", {}, state)
+    with zipfile.ZipFile(tmp_path / "a.pt", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("more", b"0" * 1_000_000)
+    with pytest.raises(ValueError, match="a.pt: cannot be read as a checkpoint"):
+        checkpoint.load(tmp_path / "a.pt", "clip")
+    wide = torch.zeros(1, dtype=torch.float16).expand(1_000_000_000)
+    for odd in (wide, torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.zeros(3, device="meta")):
+        content = {"kind": "clip", "config": {}, "meta": {}, "state": {"w": odd}}
+        torch.save(content, tmp_path / "b.pt")
+        with pytest.raises(ValueError, match="b.pt: (not a minipref checkpoint|cannot be read)"):
+            checkpoint.load(tmp_path / "b.pt", "clip")
+    torch.save({"kind": "clip", "config": {}, "meta": {}, "state": {3: torch.zeros(1)}}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="c.pt: not a minipref checkpoint"):
+        checkpoint.load(tmp_path / "c.pt", "clip")
 
 
 def test_weights_hold_tensors_only(tmp_path):

@@ -288,6 +288,129 @@ def test_rewards_may_return_lists_and_arrays(answer):
     assert torch.allclose(scores.value, prompts.images.mean((1, 2, 3))) and scores.value.dtype == torch.float32
 
 
+BUFFER = torch.zeros(64)
+
+
+def reused(x, p):
+    part = BUFFER[: len(x)]
+    return part.copy_(x.mean((1, 2, 3)))
+
+
+def reused_array(x, p):
+    part = BUFFER.numpy()[: len(x)]
+    part[:] = x.mean((1, 2, 3)).numpy()
+    return part
+
+
+@pytest.mark.parametrize("reward", [reused, reused_array])
+def test_a_reward_may_use_its_buffer_again(reward):
+    found = CheckedReward("mine", reward, 2)(prompts_of().images, prompts_of()).value
+    assert torch.allclose(found, prompts_of().images.mean((1, 2, 3)))
+
+
+ODD_ANSWERS = {
+    "a list of tensors that learn": lambda v: [x.clone().requires_grad_() for x in v],
+    "an array of the other byte order": lambda v: v.numpy().astype(">f8"),
+    "a reversed array": lambda v: v.flip(0).numpy()[::-1],
+    "no parts": lambda v: Scores(v, None, None),
+    "integers": lambda v: (1000 * v).int(),
+}
+WRONG_ANSWERS = {
+    "sparse": (lambda v: v.to_sparse(), "returned torch.float32, torch.sparse_coo; expected 6 finite real numbers"),
+    "complex": (lambda v: v + 0j, "returned torch.complex64, torch.strided; expected"),
+    "complex list": (lambda v: [complex(x) for x in v], "returned list; expected"),
+    "meta": (lambda v: v.to("meta"), "returned (6,); expected"),
+    "quantized": (
+        lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8).reshape(2, 3),
+        "returned (2, 3); expected",
+    ),
+    "nested": (lambda v: torch.nested.nested_tensor([v, v[:2]]), "expected 6 finite real numbers"),
+    "text": (lambda v: ["good"] * len(v), "returned list; expected"),
+    "too large for single precision": (lambda v: v.double() * 1e39, "NaN or infinity"),
+    "so large that its square is none": (lambda v: v * 1e20, "numbers beyond 1e+15"),
+    "a trust below 0": (lambda v: Scores(v, -torch.ones(6)), "a trust below 0"),
+    "a trust of NaN": (lambda v: Scores(v, torch.full((6,), torch.nan)), "a trust of NaN"),
+}
+
+
+@pytest.mark.parametrize("answer", ODD_ANSWERS.values(), ids=ODD_ANSWERS)
+def test_odd_answers_of_a_reward_are_read(answer):
+    mean = prompts_of().images.mean((1, 2, 3))
+    found = CheckedReward("mine", lambda x, p: answer(mean), 64)(prompts_of().images, prompts_of()).value
+    expected = (1000 * mean).int().float() if answer is ODD_ANSWERS["integers"] else mean
+    assert found.dtype == torch.float32 and torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize("answer,message", WRONG_ANSWERS.values(), ids=WRONG_ANSWERS)
+def test_wrong_answers_of_a_reward_are_one_line(answer, message, capsys):
+    mean = prompts_of().images.mean((1, 2, 3))
+    reward = CheckedReward("mine", lambda x, p: answer(mean), 64)
+    stops_with(lambda: reward(prompts_of().images, prompts_of()), message, capsys)
+
+
+def test_an_error_that_cannot_say_what_it_is_is_one_line(capsys):
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    def mine(x, p):
+        raise Mute
+
+    reward = CheckedReward("mine", mine, 64)
+    stops_with(lambda: reward(prompts_of().images, prompts_of()), "raised Mute: it does not say what", capsys)
+
+
+def test_a_sum_of_terms_may_name_numbers_and_folders_with_a_plus(tmp_path, monkeypatch):
+    images, prompts = prompts_of().images, prompts_of()
+    found = load_reward("1e+1*brightness+-2.5E+1*brightness", None)(images, prompts).value
+    assert torch.allclose(found, -15 * rewards.brightness(images, prompts), atol=1e-5)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a+b").mkdir()
+    learned(0).save("a+b/reward.pt", {})
+    found, expected = load_reward("model:a+b", None)(images, prompts).value, learned(0)(images, prompts).value
+    assert torch.allclose(found, expected, atol=1e-3)  # features are stored in half precision
+    with pytest.raises(ValueError, match="numbers beyond 1e.15"):
+        load_reward("1e38*brightness", None)(images, prompts)
+
+
+def test_an_image_encoder_is_tried_on_as_many_pictures_as_it_ever_gets(monkeypatch, tmp_path):
+    code = "def few(x):\n    assert len(x) <= 32, 'out of room'\n    return x.flatten(1)\n"
+    code += "def unreal(x):\n    return x.flatten(1) + 0j\n"
+    (tmp_path / "encoder_of_few.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="raised AssertionError: out of room"):
+        ImageJudge("encoder_of_few:few", prompts_of(4).images)
+    with pytest.raises(ValueError, match="gave Tensor|gave ..., 3072., expected|gave .4, 3072., expected"):
+        ImageJudge("encoder_of_few:unreal", prompts_of(4).images)
+
+
+def test_what_two_links_lead_to_counts_once(tmp_path):
+    """Else a picture could be trained on and held out."""
+    (tmp_path / "B" / "C").mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "B" / f"{i}.png")
+    Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "B" / "C" / "9.png")
+    for name, goal in (("A", "B"), ("Z", "B"), ("M", "B/C"), ("again.png", "B/1.png"), ("B/D", "C")):
+        (tmp_path / name).symlink_to(tmp_path / goal if "/" not in name else goal)
+    images, files, _ = pictures.read_folder(tmp_path, 8)
+    assert len(images) == len(files) == 4 and len({float(x.sum()) for x in images}) == 4
+
+
+@pytest.mark.parametrize("dtype,value", [(np.uint16, 1), (np.uint16, 65535), (np.uint8, 1), (np.uint8, 255)])
+def test_a_mask_of_zeros_and_ones_may_have_any_depth(dtype, value, tmp_path):
+    hole = np.zeros((16, 16), dtype)
+    hole[4:8] = value
+    Image.fromarray(hole).save(tmp_path / "m.png")
+    assert pictures.read_mask(tmp_path / "m.png", (16, 16), 16).sum() == 4 * 16
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_broken_exif_turns_nothing(kind, tmp_path):
+    Image.new("RGB", (12, 8), (0, 200, 0)).save(tmp_path / "x", kind, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
+    assert pictures.picture_size(tmp_path / "x") == (8, 12)
+    assert pictures.read_image(tmp_path / "x", 8).shape == (3, 8, 8)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
 def test_printing_never_ends_a_run(encoding, monkeypatch):
     raw = io.BytesIO()

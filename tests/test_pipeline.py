@@ -5,12 +5,14 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from PIL import Image
 
-from minipref.data.prompts import Prompts, text_prompts
+from minipref.data.prompts import Prompts, outpainting_masks, text_prompts
 from minipref.diffusion import sample_generators
 from minipref.models.unet import UNet
 from minipref.pipeline import SHIPPED, Pipeline, Sampling
 from minipref.presets import SMALL_SCHEDULE, SMALL_UNET
+from minipref.runs import held_out_prompts
 from minipref.runtime import checkpoint
 from minipref.toy.world import prompt_source
 
@@ -137,3 +139,14 @@ def test_kl_to_the_base_is_that_of_means_apart_by_a_known_distance(shipped):
     terms = [12 * 16 * 16 * (k * d) ** 2 / (2 * s**2) for k, s in zip(k_out.tolist(), sigma.tolist()) if s > 0]
     assert len(terms) == 3 and kl.shape == (2,) and kl.tolist() == pytest.approx([sum(terms)] * 2, rel=1e-3)
     assert shipped.kl_to_base(shipped.unet, prompts, sampling, seed=0).tolist() == [0, 0]
+
+
+def test_held_out_pictures_are_the_runs_under_the_masks_of_its_held_out_world(tmp_path):
+    """Of ten pictures every fifth, in turn, from number 2 on; masks are those of the world that the run names."""
+    pixels = torch.arange(10).mul(20).byte()[:, None, None, None].expand(10, 32, 32, 3)
+    for i, x in enumerate(pixels):
+        Image.fromarray(x.numpy().copy()).save(tmp_path / f"{i}.png")
+    found = held_out_prompts({"data": str(tmp_path), "held_out": 3}, 32, None, 1, 3)
+    masks, kinds = outpainting_masks(5 * 1_000_003 + 3, 1, 3, 32)
+    assert [round(float(x.mean()) * 255 / 20) for x in found.images] == [9, 4, 9]
+    assert torch.equal(found.masks, masks) and found.kinds == kinds

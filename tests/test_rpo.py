@@ -205,8 +205,10 @@ def test_an_encoder_may_leave_an_axis_unused(monkeypatch):
 
 def test_an_encoder_whose_embeddings_change_their_length_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "my_encoder", sys.modules[__name__])
-    judge = ImageJudge("my_encoder:growing", torch.zeros(4, 3, 32, 32))
-    with pytest.raises(ValueError, match=r"gave \(3, 3\), expected \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"gave \(64, 64\), expected \(64, 4\)"):
+        ImageJudge("my_encoder:growing", torch.zeros(4, 3, 32, 32))
+    judge = ImageJudge("my_encoder:growing", torch.zeros(64, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"gave \(3, 3\), expected \(3, 64\)"):
         judge(torch.zeros(3, 3, 32, 32))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import warnings
@@ -41,17 +42,23 @@ def open_picture(path: str | Path) -> Iterator[Image.Image]:
 def picture_size(path: str | Path) -> tuple[int, int]:
     """Height and width of a picture, upright."""
     with open_picture(path) as picture:
-        turned = picture.getexif().get(0x0112) in TURNED
+        turned = False
+        with contextlib.suppress(Exception):  # broken EXIF turns nothing
+            turned = picture.getexif().get(0x0112) in TURNED
         return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 
 def _upright(path: str | Path) -> Image.Image:
     """The whole picture as RGBA, turned as its camera says."""
     with open_picture(path) as opened:
-        picture = ImageOps.exif_transpose(opened)
+        try:
+            picture = ImageOps.exif_transpose(opened)
+        except Exception:  # broken EXIF turns nothing; a broken picture fails again below
+            picture = opened
         if picture.mode in ("I;16", "I"):  # 16-bit grey: Pillow's convert would cut it off at 255
-            grey = np.asarray(picture, dtype=np.float32) / 65535
-            picture = Image.fromarray((grey * 255).round().astype(np.uint8))
+            grey = np.asarray(picture, dtype=np.float32)
+            grey = grey / 257 if grey.max() > 1 else grey  # of a mask of zeros and ones the ones stay
+            picture = Image.fromarray(grey.round().astype(np.uint8))
         return picture.convert("RGBA")
 
 
@@ -102,13 +109,18 @@ def split_pictures(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def walk(folder: Path) -> list[Path]:
-    """All files below a folder, by name; linked folders are entered once, hidden files and folders are left out."""
-    files, entered = [], set[str]()
+    """All files below a folder, by name; what links lead to counts once, hidden files and folders are left out."""
+    files, seen = [], {os.path.realpath(folder)}
+
+    def new(path: str) -> bool:
+        size, real = len(seen), os.path.realpath(path)
+        seen.add(real)
+        return len(seen) > size
+
     for here, folders, names in os.walk(folder, followlinks=True):
-        entered.add(os.path.realpath(here))
-        visible = [n for n in folders if not n.startswith(".")]
-        folders[:] = [n for n in visible if os.path.realpath(os.path.join(here, n)) not in entered]
-        files += [Path(here) / n for n in names if not n.startswith(".")]
+        visible, shown = (sorted(n for n in every if not n.startswith(".")) for every in (folders, names))
+        folders[:] = [n for n in visible if new(os.path.join(here, n))]
+        files += [Path(here) / n for n in shown if new(os.path.join(here, n))]
     return sorted(files)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -27,6 +28,7 @@ UMASK = os.umask(0o022)  # of this process: asking sets it
 os.umask(UMASK)
 
 LEFT_OVER = 3600  # seconds after which a temporary file in a run folder is one that a killed process left
+OURS = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp(\.\w+)?")  # names of temporary files, as `atomic_write` has them made
 _run_folders: set[Path] = set()
 
 
@@ -35,8 +37,9 @@ def protect(folder: str | Path) -> None:
     run from elsewhere must not make us write elsewhere. Removes what a killed process has left in it."""
     folder = Path(os.path.abspath(folder))
     _run_folders.add(folder)
-    for path in folder.glob(".*.tmp*"):
-        if not path.is_symlink() and path.is_file() and time.time() - path.stat().st_mtime > LEFT_OVER:
+    for path in (*folder.glob(".*.tmp*"), *folder.glob("samples/.*.tmp*")):
+        ours = OURS.fullmatch(path.name) and not path.is_symlink() and path.is_file()
+        if ours and time.time() - path.stat().st_mtime > LEFT_OVER:
             path.unlink()
 
 
@@ -177,6 +180,9 @@ def load(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict]:
         raise FileNotFoundError(f"{path}: no such checkpoint; expected a file that holds a {kind}")
     try:
         with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                raise ValueError("compressed")  # a small file could hold more than any memory; torch compresses none
             if archive.testzip():  # torch.load itself verifies no checksum
                 raise ValueError("damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -187,12 +193,18 @@ def load(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict]:
     if content["kind"] != kind:
         raise ValueError(f"{path}: holds a {content['kind']}, expected a {kind}")
     config, state, meta = content["config"], content["state"], content.get("meta", {})
-    tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
+    tensors = isinstance(state, dict) and all(isinstance(k, str) and _is_plain(v) for k, v in state.items())
     if not (tensors and isinstance(config, dict) and isinstance(meta, dict)):
         raise ValueError(
             f"{path}: not a minipref checkpoint (its config or meta is no dictionary, or its state no tensors)"
         )
     return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}, meta
+
+
+def _is_plain(v: Any) -> bool:
+    """Whether it is a dense tensor in memory that holds all of its numbers: none expanded from a few."""
+    dense = isinstance(v, Tensor) and v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized
+    return dense and v.untyped_storage().nbytes() >= v.numel() * v.element_size()
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +32,23 @@ def _set_filters(filters: list) -> None:
     warnings.filters[:] = filters  # type: ignore[index]
 
 
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _handlers() -> list:
+    """What answers Ctrl-C and SIGTERM; only the main thread may set it."""
+    main = threading.current_thread() is threading.main_thread()
+    return [(kind, signal.getsignal(kind)) for kind in (signal.SIGINT, signal.SIGTERM) if main]
+
+
+def _set_environment(values: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(values)
+
+
 def _set_streams(streams: tuple[Any, Any]) -> None:
     sys.stdout, sys.stderr = streams
 
@@ -47,10 +66,22 @@ SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
     ),
     (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     (np.geterr, lambda v: np.seterr(**v)),
+    (lambda: torch.is_autocast_enabled("cpu"), lambda v: torch.set_autocast_enabled("cpu", v)),
+    (lambda: torch.is_autocast_enabled("cuda"), lambda v: torch.set_autocast_enabled("cuda", v)),
     (_folder, os.chdir),
+    (_umask, os.umask),
+    (lambda: dict(os.environ), _set_environment),
+    (_handlers, lambda v: [signal.signal(*each) for each in v]),
     (lambda: list(warnings.filters), _set_filters),
     (lambda: (sys.stdout, sys.stderr), _set_streams),
 ]
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # it is not our code, either
+        return "it does not say what"
 
 
 @contextmanager
@@ -64,7 +95,7 @@ def foreign_code() -> Iterator[None]:
     except KeyboardInterrupt:
         raise
     except BaseException as e:
-        raise ForeignError(f"{type(e).__name__}: {e}") from e
+        raise ForeignError(f"{type(e).__name__}: {_said(e)}") from e
     finally:
         for (get, set_again), value in zip(SETTINGS, before):
             if get() != value:
