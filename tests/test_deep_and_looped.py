@@ -71,7 +71,8 @@ def place(tmp_path_factory):
         (folder / f"deep_{key}" / "unet.pt").symlink_to(SHIPPED / "unet.pt")
     shutil.copytree(folder / "run", folder / "deep_base")
     nested_checkpoint(folder / "run" / "last.pt", folder / "deep_base" / "last.pt", "base")
-    (folder / "loop").symlink_to("loop")
+    for name in ("loop", "loop.png"):
+        (folder / name).symlink_to(name)
     (folder / "round").symlink_to("about")
     (folder / "about").symlink_to("round")
     return folder

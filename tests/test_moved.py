@@ -20,6 +20,7 @@ from minipref.runs import judged_by, load_pipeline, load_run
 from minipref.runtime import checkpoint
 
 FEW = dict.fromkeys("updates train_prompts images val_prompts val_images test_prompts test_images".split(), 1)
+FEWEST = {"epochs": 1, "prompts": 2, "sampling_steps": 2, "train_steps": 1, "eval_every": 9}
 TINY = ["--prompts", "8", "--best-of", "1", "--sampling-steps", "2"]
 
 
@@ -191,7 +192,7 @@ def start(request, tmp_path):
 def test_training_begins_with_the_runs_weights(start, tmp_path, monkeypatch):
     """At a tiny learning rate the new run's weights are those that it began with; a run on that run opens, too."""
     folder, weights = start
-    train_tiny(tmp_path / "rl", monkeypatch, weights=folder, epochs=1, lr=1e-9, ema=0, reward="brightness")
+    train_tiny(tmp_path / "rl", monkeypatch, weights=folder, lr=1e-9, ema=0, reward="brightness", **FEWEST)
     assert near(load_unet(tmp_path / "rl" / "last.pt")[0].state_dict(), weights)
     train_rpo_tiny(tmp_path / "rpo", weights=tmp_path / "rl", lr=1e-9, **FEW)
     assert near(rpo_weights(tmp_path / "rpo"), weights)
