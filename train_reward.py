@@ -10,7 +10,7 @@ good the result is and how far it knows its own error.
 
 from __future__ import annotations
 
-from minipref.runtime.config import PICTURES, opt, parse, printable, run_main  # isort: skip  (first: it answers Ctrl-C)
+from minipref.runtime.config import PICTURES, one_line, opt, parse, run_main, several  # isort: skip  (first: it answers Ctrl-C)
 import copy
 import math
 import time
@@ -123,7 +123,7 @@ def main() -> None:
         raise ValueError(f"--trust-lo {cfg.trust_lo:g} --trust-hi {cfg.trust_hi:g}: the first must not be larger")
     started = time.time()
     pipe = load_pipeline(cfg.weights, cfg.device, steps=cfg.sampling_steps)
-    names = [n for n in [*cfg.policies.split(","), cfg.second_round] if n]
+    names = [n for n in [*several(cfg.policies), cfg.second_round] if n]
     runs = {name: load_run(name, "", cfg.device) for name in names}
     if cfg.ratings:  # what cannot be learned from is refused before anything is written
         rated, problems, split = read(cfg.ratings, cfg, pipe)
@@ -137,10 +137,11 @@ def main() -> None:
     print(f"this run writes to {run.path}")
 
     # 1. Rate: yours, or completions of the base model, rated and written to disk, then read back like yours.
-    sampling, folder = Sampling(cfg.sampling_steps), cfg.ratings or run.path / "ratings"
+    sampling = Sampling(cfg.sampling_steps)
+    folders = [Path(x) for x in several(cfg.ratings)] or [run.path / "ratings"]
     if not cfg.ratings:
-        rate(folder, pipe, pipe.unet, sampling, cfg, start=0, count=cfg.prompts)
-        rated, problems, split = read(folder, cfg, pipe)
+        rate(folders[0], pipe, pipe.unet, sampling, cfg, start=0, count=cfg.prompts)
+        rated, problems, split = read(folders, cfg, pipe)
     describe(rated, problems)
 
     # 2. Features on the first split, last layer and V on the second, in closed form (Eqs. 3-4), judged on the third.
@@ -151,11 +152,11 @@ def main() -> None:
     # 3. A second round: completions of an aligned policy are rated and added; the error on it before and after.
     if cfg.second_round:
         config, own, policy = runs[cfg.second_round]
-        of_run, first = Sampling(config["sampling_steps"], config["eta"]), next_number(folder)
+        of_run, first = Sampling(config["sampling_steps"], config["eta"]), next_number(folders)
         second = run.path / "ratings-second"
         rate(second, own, policy, of_run, cfg, start=first, count=cfg.second_round_prompts, widened=False)
         earlier = len(rated)
-        rated, problems, split = read(f"{folder},{second}", cfg, pipe)
+        rated, problems, split = read([*folders, second], cfg, pipe)
         # Judged on prompts of the new round that neither fit has seen.
         new = split["judge"].select(~torch.isin(split["judge"].groups, rated.groups[:earlier]))
         before = judge(model, new, cfg).figures
@@ -213,15 +214,15 @@ def rate(
     toy_raters.rate_completions(folder, prompts, images, seed=cfg.seed, start=start, widened=widened)
 
 
-def read(folder: str | Path, cfg: RewardConfig, pipe: Pipeline) -> tuple[Ratings, list[str], dict[str, Ratings]]:
+def read(folders: str | list[Path], cfg: RewardConfig, pipe: Pipeline) -> tuple[Ratings, list[str], dict[str, Ratings]]:
     """All usable ratings, what was left out and why, and the three splits."""
     low, high = (cfg.score_lo, cfg.score_hi) if cfg.ratings else (LOWEST, HIGHEST)
-    rated, problems = rating_files.load(folder, pipe.image_size, low, high, truth=toy_world.shown_scene)
+    rated, problems = rating_files.load(folders, pipe.image_size, low, high, truth=toy_world.shown_scene)
     return rated, problems, split_for_fit(rated, cfg.seed, cfg.dim, cfg.objective == "pairs")
 
 
 def describe(rated: Ratings, problems: list[str]) -> None:
-    print("".join(f"left out: {printable(line)}\n" for line in problems[:5]), end="")
+    print("".join(f"left out: {one_line(line)}\n" for line in problems[:5]), end="")
     print(f"{len(rated)} rated pictures of {len(rated.groups.unique())} prompts; {len(problems)} left out")
     if problems:
         print("python -m minipref check-data lists all that is wrong")
@@ -229,9 +230,9 @@ def describe(rated: Ratings, problems: list[str]) -> None:
         print(f"{alone} prompts have a single rated picture: nothing says which completion of them is better")
 
 
-def next_number(folder: str | Path) -> int:
+def next_number(folders: list[Path]) -> int:
     """The first toy prompt of a further round: far beyond those of the first, after those of earlier rounds."""
-    return max([500_000, *(1 + row.scene[1] for row in rating_files.scan(folder)[0] if row.scene)])
+    return max([500_000, *(1 + row.scene[1] for row in rating_files.scan(folders)[0] if row.scene)])
 
 
 # ------------------------------------------------------------------------------------------------ 2. fitting

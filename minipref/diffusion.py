@@ -28,6 +28,8 @@ from .kernels.ddim_step_logprob import step_gaussian
 
 # ------------------------------------------------------------------------------------------------ the schedule
 
+MOST_TIMES = 100_000  # of a noise schedule
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -49,6 +51,10 @@ class Schedule:
     def __init__(self, config: ScheduleConfig):
         self.config = c = config
         N = c.num_train_timesteps
+        if not 0 < N <= MOST_TIMES or not 0 <= c.steps_offset < N:
+            raise ValueError(f"num_train_timesteps={N}, steps_offset={c.steps_offset}: choose 1 to 100000, 0 to less")
+        if c.beta_schedule != "squaredcos_cap_v2" and not (0 < c.beta_start < 1 and 0 < c.beta_end < 1):
+            raise ValueError(f"beta_start={c.beta_start}, beta_end={c.beta_end}: choose more than 0 and less than 1")
         if c.beta_schedule == "linear":
             betas = torch.linspace(c.beta_start, c.beta_end, N, dtype=torch.float64)
         elif c.beta_schedule == "scaled_linear":
@@ -64,6 +70,8 @@ class Schedule:
             raise ValueError(f"beta_schedule={c.beta_schedule!r}; choose linear, scaled_linear or squaredcos_cap_v2")
         if c.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type={c.prediction_type!r}; choose epsilon or v_prediction")
+        if c.timestep_spacing not in ("leading", "trailing", "linspace"):
+            raise ValueError(f"timestep_spacing={c.timestep_spacing!r}; choose leading, trailing or linspace")
         self.betas = betas
         self.abar = torch.cumprod(1 - betas, dim=0)  # (N,)
         self.final_abar = torch.tensor(1.0, dtype=torch.float64) if c.set_alpha_to_one else self.abar[0]
@@ -86,10 +94,8 @@ class Schedule:
         elif spacing == "trailing":
             stride = (N - N / steps) - N  # −N/steps as numpy's arange forms it: rounding ties fall as diffusers' do
             t = (N + torch.arange(steps, dtype=torch.float64) * stride).round().long().flip(0) - 1
-        elif spacing == "linspace":
-            t = (torch.arange(steps, dtype=torch.float64) * ((N - 1) / max(steps - 1, 1))).round().long()
         else:
-            raise ValueError(f"timestep_spacing={spacing!r}; choose leading, trailing or linspace")
+            t = (torch.arange(steps, dtype=torch.float64) * ((N - 1) / max(steps - 1, 1))).round().long()
         if t[-1] >= N:
             raise ValueError(f"steps={steps}, steps_offset={self.config.steps_offset}: they begin beyond time {N - 1}")
         return t.flip(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from .data.prompts import Prompts, PromptSource, picture_sources
 from .models.unet import UNet
 from .pipeline import Pipeline, digest, load_unet
 from .runtime.checkpoint import protect
+from .runtime.config import MOST
 from .runtime.runlog import read_json
 
 # Flags, and so keys of config.json, that had another name before 0.2: old name -> new, by script or command.
@@ -32,17 +34,25 @@ RENAMED: dict[str, dict[str, str]] = {
 }  # fmt: skip
 # Without a script's name, an old configuration is known by a key that only that script has.
 MARKS = {"train_rpo.py": "lam_val", "train_reward.py": "psi_norm", "train_rl.py": "clip_range"}
-# What the configuration of a run must hold for the tools that read it, and as what.
-NUMBER = (int, float)
-KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
+# What the configuration of a run must hold for the tools that read it: a text, or a number of this type and range.
+TEXT, SEED, STEPS, SHARE = None, (int, 0, 999_999), (int, 2, 1000), ((int, float), 0, 1)
+KEYS: dict[str, dict[str, Any]] = {
     "train_rl.py": {
-        "weights": str, "data": str, "reward": str, "seed": int, "held_out": int, "eval_prompts": int,
-        "sampling_steps": int, "eta": NUMBER,
+        "weights": TEXT, "data": TEXT, "reward": TEXT, "seed": SEED, "held_out": SEED, "eval_prompts": (int, 8, MOST),
+        "sampling_steps": STEPS, "eta": SHARE,
     },
     "train_rpo.py": {
-        "weights": str, "references": str, "lam_val": NUMBER, "sampling_steps": int, "guidance": NUMBER, "eta": NUMBER
+        "weights": TEXT, "references": TEXT, "lam_val": SHARE, "sampling_steps": STEPS,
+        "guidance": ((int, float), 0, MOST), "eta": SHARE,
     },
 }  # fmt: skip
+
+
+def _fits(value: Any, limits: tuple | None) -> bool:
+    if limits is None:
+        return isinstance(value, str)
+    kind, low, high = limits
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
 def absolute(path: str) -> str:
@@ -57,6 +67,8 @@ def read_config(folder: str | Path) -> dict:
         raise FileNotFoundError(f"{folder}: no run lies there (config.json is missing)")
     config = read_json(path)
     if "script" in config:
+        if not isinstance(config["script"], str):
+            raise ValueError(f"{path}: script is {str(config['script'])[:60]!r}, expected the name of one")
         return config
     script = next((name for name, key in MARKS.items() if key in config), "")
     renamed = RENAMED.get(script, {})
@@ -81,32 +93,31 @@ def load_run(
     device: str,
     script: str = "train_rl.py",
     *,
-    weights: str = "",
+    weights: str | None = None,
     data: str = "",
     inside: tuple = (),
 ) -> tuple[dict, Pipeline, UNet]:
     """-> a run's configuration, the base model's pipeline, and the trained UNet: last, best, or (which "") the one that
     its summary was judged by.
 
-    `weights`, `data`: where its base model and its pictures lie now, where it was moved to another machine; `inside`:
-    runs that start from this one, so that none starts from itself.
+    `weights`, `data`: where its base model and its pictures lie now, where it was moved to another machine (None: no
+    flag of the command says so); `inside`: runs that start from this one, so that none starts from itself.
     """
     config = read_config(folder)
     protect(folder)
     file, path = Path(folder) / "config.json", Path(folder) / f"{which or judged_by(folder)}.pt"
     if missing := set(KEYS[script]) - set(config):
         raise ValueError(f"{file}: no run of {script}, it lacks {', '.join(sorted(missing))}")
-    for key, kind in KEYS[script].items():
-        if not isinstance(config[key], kind) or isinstance(config[key], bool):
+    for key, limits in KEYS[script].items():
+        if not _fits(config[key], limits):
             raise ValueError(f"{file}: {key} is {str(config[key])[:60]!r}, which no run of {script} writes")
     if data and not config.get("data"):
         raise ValueError(f"--data {data}: {folder} had no pictures")
     config["data"] = data or config.get("data", "")
     base = weights or config["weights"]
     if base and not weights and not Path(base).is_dir():
-        raise FileNotFoundError(
-            f"{base}: the base model of {folder} is not there; say where by --weights, or in {file}"
-        )
+        how = 'by "weights"' if weights is None else "by --weights, or"
+        raise FileNotFoundError(f"{base}: the base model of {folder} is not there; say where {how} in {file}")
     if not path.is_file():
         there = [name for name in ("last.pt", "best.pt") if (Path(folder) / name).is_file()]
         why = f"{there[0]} lies there" if there else "the run was stopped before its first evaluation"

@@ -161,7 +161,7 @@ def test_a_run_that_cannot_be_written_to_is_not_evaluated(tmp_path, monkeypatch,
     """Its report belongs there: that is known before the work."""
     monkeypatch.setattr("os.access", lambda path, mode: False)
     monkeypatch.setattr(evaluate, "run_report", lambda cfg: pytest.fail("it works"))
-    line = f"--run {tmp_path}: cannot be written to"
+    line = f"--run {tmp_path}: evaluation.md could not be put there: {tmp_path} is no folder that can be written to"
     stops_with(lambda: evaluate.main(["--run", str(tmp_path)]), line, capsys)
 
 

@@ -138,7 +138,7 @@ def test_deep_nesting_a_mark_of_byte_order_and_another_encoding(tmp_path):
     path.write_text(json.dumps(good), encoding="utf-8-sig")
     assert len(rating_files.load(tmp_path, 32)[0]) == 1
     path.write_bytes(b"\xff\xfe{}")
-    with pytest.raises(ValueError, match="ratings.jsonl: not a text file in UTF-8"):
+    with pytest.raises(ValueError, match="ratings.jsonl: is not UTF-8 text"):
         rating_files.load(tmp_path, 32)
 
 

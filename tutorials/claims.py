@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minipref.metrics import t_interval
-from minipref.runtime.checkpoint import write_text
+from minipref.runtime.checkpoint import check_folder, write_text
 from minipref.runtime.runlog import progress, read_json, read_rows
 
 # Name of a variant -> its flags. From the first one the others differ in one thing each, but for the paper's labels.
@@ -110,7 +110,7 @@ _stopping = threading.Event()  # no child goes on
 def run_one(folder: Path, script: str, flags: list[str]) -> dict:
     """summary.json of a run of `script` in `folder`, and its metrics as `rows`; it is run if it is not there."""
     summary = folder / "summary.json"
-    if not summary.exists():
+    if not summary.is_file():
         shutil.rmtree(folder, ignore_errors=True)  # a run that was stopped
         command = [sys.executable, str(ROOT / script), "--small", "--threads", "1", "--out", str(folder), *flags]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
@@ -285,11 +285,11 @@ def main(argv: list[str] | None = None) -> None:
     if taken := [flag for flag in given if flag in OWN]:
         raise ValueError(f"--flags: {taken[0]} is the study's to set")
     out, made_by = Path(cfg.out), provenance()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is no folder")
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder(out, f"--out {out}")
     before = out / "provenance.txt"
-    if before.exists() and before.read_bytes() != made_by.encode():
+    if out.is_dir() and any(out.iterdir()) and not before.is_file():
+        raise ValueError(f"--out {out}: holds something else than a study (no provenance.txt); name another folder")
+    if before.is_file() and before.read_bytes() != made_by.encode():
         raise ValueError(f"--out {out}: its runs were made by other code or weights; choose another folder")
     write_text(before, made_by)
     variants = {n: known[n] for n in known if n in chosen}

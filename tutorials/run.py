@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from minipref.runtime.runlog import read_text
+
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))  # the training scripts, which tutorials import, live at the top
 YOURS, CHECK = "# your lines", "# check"
@@ -66,8 +68,12 @@ def execute(code: str, names: dict, path: Path, line: int) -> None:
     """Runs code as if it stood in the Markdown file, so that an error names the file's own line."""
     try:
         exec(compile("\n" * (line - 1) + code, str(path), "exec"), names)
+    except (Exception, KeyboardInterrupt):
+        raise
     except SystemExit as e:
         raise Left(f"sys.exit({e.code!r}) is no answer").with_traceback(e.__traceback__) from None
+    except BaseException as e:  # which no `except Exception` would catch
+        raise Left(f"raise {e!r} is no answer").with_traceback(e.__traceback__) from None
 
 
 def given(exercise: Fence) -> tuple[str, str, str]:
@@ -111,7 +117,7 @@ def try_exercise(number: int, exercise: int, answer: Path | None) -> None:
     if answer is None:
         code = next(f.code for f in every if f.kind == "solution" and f.number == exercise)
     else:
-        code = answer.read_text(encoding="utf-8")
+        code = read_text(answer)
     attempt(asked[0], code, run(number, until_exercise=exercise), path, answer)
 
 

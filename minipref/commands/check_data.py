@@ -16,7 +16,7 @@ from ..data import rating_files
 from ..data.pictures import read_folder
 from ..data.ratings import HIGHEST, LOWEST, lonely, split_for_fit
 from ..presets import SMALL_SIZE
-from ..runtime.config import opt, parse, printable
+from ..runtime.config import one_line, opt, parse, printable, several
 from ..toy.world import shown_scene
 
 MARKS = ("ratings.jsonl", "ratings*/ratings.jsonl", "inpaint")  # what a folder of ratings holds
@@ -34,7 +34,7 @@ def counted(names: list[str]) -> str:
     return ", ".join(f"{n or 'unnamed'} {c}" for n, c in sorted(Counter(names).items()))
 
 
-def check_ratings(path: Path, low: float, high: float) -> tuple[list[str], list[str]]:
+def check_ratings(path: str, low: float, high: float) -> tuple[list[str], list[str]]:
     """Lines about a folder of ratings, and its problems."""
     r, problems = rating_files.load(path, SMALL_SIZE, low, high, truth=shown_scene)
     labels, sizes = r.labels, r.groups.unique(return_counts=True)[1]
@@ -81,7 +81,8 @@ def check_pictures(path: Path) -> tuple[list[str], list[str]]:
 
 
 def holds_ratings(path: Path) -> bool:
-    return path.suffix in (".json", ".jsonl") or "," in str(path) or any(any(path.glob(x)) for x in MARKS)
+    is_file, many = path.suffix in (".json", ".jsonl"), len(several(str(path))) > 1
+    return is_file or many or any(any(path.glob(x)) for x in MARKS)
 
 
 def main(argv: list[str]) -> None:
@@ -93,10 +94,10 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     path = Path(cfg.path)
     ratings = holds_ratings(path)
-    lines, problems = check_ratings(path, cfg.score_lo, cfg.score_hi) if ratings else check_pictures(path)
+    lines, problems = check_ratings(cfg.path, cfg.score_lo, cfg.score_hi) if ratings else check_pictures(path)
     print("\n".join(map(printable, lines)))
     if problems:
-        problems = [printable(line) for line in problems]
+        problems = [one_line(line) for line in problems]
         print(f"{len(problems)} problems:")
         print("\n".join(problems[:SHOWN] + ([f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])))
         sys.exit(1)

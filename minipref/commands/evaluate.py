@@ -5,7 +5,6 @@ Without a run: how much of a caption the base model's text-to-image obeys.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,14 @@ import torch
 from torch import Tensor
 
 from .. import metrics
-from ..data.prompts import prompt_seed, text_prompts
+from ..data.prompts import Prompts, prompt_seed, text_prompts
 from ..diffusion import STREAMS
 from ..figures import rl_grid
 from ..models.unet import UNet
 from ..pipeline import Sampling
 from ..rewards import load_reward
 from ..runs import RENAMED, held_out_prompts, judged_by, load_pipeline, load_run
-from ..runtime.checkpoint import write_text
+from ..runtime.checkpoint import check_folder, write_text
 from ..runtime.config import PICTURES, check_pictures, opt, parse
 from ..runtime.runlog import progress
 from ..toy.judge import obeyed
@@ -103,8 +102,9 @@ def without_paths(reward: str) -> str:
     return re.sub(r"(?<![\w.])model:[^+]+", "model:", reward).replace(" ", "")
 
 
-def run_report(cfg: EvaluateConfig) -> str:
-    """WinRate at S = 1, 3, 10 by reward and gold, their means and variances, KL: Markdown; and evaluation.png."""
+def run_report(cfg: EvaluateConfig) -> tuple[str, Prompts, Tensor, Tensor]:
+    """WinRate at S = 1, 3, 10 by reward and gold, their means and variances, KL: Markdown; then what evaluation.png
+    shows, prompts and a completion of each, base and aligned."""
     config, pipe, aligned = load_run(cfg.run, cfg.checkpoint, cfg.device, weights=cfg.weights, data=cfg.data)
     seed = config["seed"] if cfg.seed < 0 else cfg.seed
     sampling = Sampling(cfg.sampling_steps or config["sampling_steps"], config["eta"])
@@ -147,8 +147,7 @@ def run_report(cfg: EvaluateConfig) -> str:
     lines.append(
         f"KL(aligned, base) of a whole rollout: {float(kl.mean()):.2f} nats, standard deviation {float(kl.std()):.2f}."
     )
-    rl_grid(Path(cfg.run) / "evaluation.png", prompts, base[0]["images"], new[0]["images"], None)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n", prompts, base[0]["images"], new[0]["images"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -167,9 +166,10 @@ def main(argv: list[str] | None = None) -> None:
         print(base_report(cfg))
         return
     out = Path(cfg.run)
-    if out.is_dir() and not os.access(out, os.W_OK):
-        raise ValueError(f"--run {out}: cannot be written to, and evaluation.md belongs there")
-    text = run_report(cfg)
-    print(text)
+    if out.is_dir():
+        check_folder(out, f"--run {out}: evaluation.md could not be put there")
+    text, *pictures = run_report(cfg)
+    print(text)  # first: whatever befalls the files, the work was not for nothing
     write_text(out / "evaluation.md", text)
+    rl_grid(out / "evaluation.png", *pictures, None)
     print(f"written: {out / 'evaluation.md'}, {out / 'evaluation.png'}")

@@ -293,8 +293,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--out {out}: holds the {UNFINISHED} of a training that was stopped; name another folder, and train on "
             f"from it by --only unet --start-from {out} (with a copy of its clip.pt), or move it away"
         )
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is no folder")
+    checkpoint.check_folder(out, f"--out {out}")
     if cfg.only == "unet":  # what cannot be trained is refused before anything is written
         load_clip(out / "clip.pt")
     if cfg.start_from:

@@ -20,17 +20,21 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short  # a message shows no more of a value than it needs
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..runtime.checkpoint import write_text
+from ..runtime.config import several
 from ..runtime.draw import save, to_image
+from ..runtime.runlog import read_text
 from .pictures import picture_size, read_image, read_mask
 from .prompts import Prompts
 from .ratings import HIGHEST, LOWEST, WEIGHTS, Ratings
@@ -105,7 +109,7 @@ def write(
 
 def _number(value, what: str, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise ValueError(f"{what} is {value!r}, expected a number from {low:g} to {high:g}")
+        raise ValueError(f"{what} is {short(value)}, expected a number from {low:g} to {high:g}")
     if not low <= value <= high:  # exact for integers of any length
         raise ValueError(f"{what} is {str(value)[:20]}, outside {low:g} to {high:g}")
     return float(value)
@@ -113,7 +117,7 @@ def _number(value, what: str, low: float, high: float) -> float:
 
 def _label(scores, low: float, high: float) -> float:
     if not isinstance(scores, dict) or set(scores) != set(WEIGHTS):
-        raise ValueError(f"scores {scores!r}: expected {', '.join(WEIGHTS)}")
+        raise ValueError(f"scores {short(scores)}: expected {', '.join(WEIGHTS)}")
     return sum(w * _number(scores[part], f"the score of {part}", low, high) for part, w in WEIGHTS.items())
 
 
@@ -121,7 +125,7 @@ def _below(root: Path, name: str) -> Path:
     """A file of a data set, named relative to `root`, with slashes or backslashes; never one outside of it."""
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or parts[0].endswith(":") or parts[0] == "" or "\0" in name:
-        raise ValueError(f"{name!r} does not lie in the folder of the ratings; name files relative to it")
+        raise ValueError(f"{short(name)} does not lie in the folder of the ratings; name files relative to it")
     return root.joinpath(*parts)
 
 
@@ -141,9 +145,9 @@ def _jsonl_row(line: str, where: str, root: Path, low: float, high: float) -> Ro
     scene = row.get("scene")
     numbers = isinstance(scene, list) and len(scene) == 2 and all(type(v) is int and v >= 0 for v in scene)
     if scene is not None and not numbers:
-        raise ValueError(f"scene {scene!r}: expected [seed, number], both 0 or more")
+        raise ValueError(f"scene {short(scene)}: expected [seed, number], both 0 or more")
     if row.get("origin", ORIGINS[0]) not in ORIGINS:
-        raise ValueError(f"origin {row['origin']!r}: expected {' or '.join(ORIGINS)}")
+        raise ValueError(f"origin {short(row['origin'])}: expected {' or '.join(ORIGINS)}")
     return Row(
         where,
         _below(root, str(row["image"])),
@@ -163,8 +167,9 @@ class _Pairs(list):
 
 
 def _prefpaint_rows(file: Path, root: Path, low: float, high: float) -> tuple[list[Row], list[str]]:
+    text = read_text(file)
     try:  # objects as lists of pairs: a dictionary would drop ids that stand there twice
-        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_Pairs)
+        content = json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file}: not readable as JSON, cut short or damaged ({e})") from None
     if not isinstance(content, _Pairs):
@@ -179,7 +184,7 @@ def _prefpaint_rows(file: Path, root: Path, low: float, high: float) -> tuple[li
             if not name:
                 raise ValueError("expected a key ID_k, a prompt and the number of its completion")
             if not isinstance(value, list) or len(value) != 2:
-                raise ValueError(f"{value!r}: expected [score, rank]")
+                raise ValueError(f"{short(value)}: expected [score, rank]")
             label = _number(value[0], "the score", low, high)
             source = (re.match(r"[A-Za-z_]*", name) or [""])[0].strip("_")
             image, masked = _below(root, f"inpaint/{key}.png"), _below(root, f"masks_color/{name}_mask_color.png")
@@ -201,8 +206,17 @@ def _files(path: Path) -> list[tuple[Path, Path]]:
     return [(f, f.parent) for f in sorted(path.glob("ratings*/ratings.jsonl"))]  # a run of train_reward.py
 
 
-def scan(path: str | Path, low: float = LOWEST, high: float = HIGHEST) -> tuple[list[Row], list[str]]:
-    """The rows of a folder of ratings, or of several (A,B), and one line for each row that is left out.
+def _folders(paths: str | Path | list[Path]) -> list[Path]:
+    """Text is what a user gave, and may name several; a path is one, whatever its name."""
+    if isinstance(paths, str):
+        return [Path(x) for x in several(paths)]
+    return paths if isinstance(paths, list) else [paths]
+
+
+def scan(
+    paths: str | Path | list[Path], low: float = LOWEST, high: float = HIGHEST
+) -> tuple[list[Row], list[str]]:
+    """The rows of a folder of ratings, or of several (a list, or text A,B), and one line for each row that is left out.
 
     Raises FileNotFoundError or ValueError where there is nothing that can be read at all.
     """
@@ -210,7 +224,7 @@ def scan(path: str | Path, low: float = LOWEST, high: float = HIGHEST) -> tuple[
         raise ValueError(f"scores from {low:g} to {high:g}: the lowest must be smaller than the highest")
     rows: list[Row] = []
     problems: list[str] = []
-    for part in [Path(x) for x in str(path).split(",")]:
+    for part in _folders(paths):
         if not part.exists():
             raise FileNotFoundError(f"{part}: no such folder of ratings")
         files = _files(part)
@@ -221,11 +235,7 @@ def scan(path: str | Path, low: float = LOWEST, high: float = HIGHEST) -> tuple[
                 own, bad = _prefpaint_rows(file, root, low, high)
                 rows, problems = rows + own, problems + bad
                 continue
-            try:
-                lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028, too
-            except UnicodeDecodeError as e:
-                raise ValueError(f"{file}: not a text file in UTF-8 ({e.reason} at byte {e.start})") from None
-            for i, line in enumerate(lines, start=1):
+            for i, line in enumerate(read_text(file).split("\n"), start=1):  # splitlines would cut at U+2028, too
                 try:
                     if line.strip():
                         rows.append(_jsonl_row(line, f"{file}:{i}", root, low, high))
@@ -237,7 +247,7 @@ def scan(path: str | Path, low: float = LOWEST, high: float = HIGHEST) -> tuple[
             problems.append(f"{row.where}: {row.image.name} was rated before, at {first[row.image]}")
             continue
         first[row.image] = row.where
-        lacking = [p for p in (row.image, row.masked, row.mask) if p is not None and not p.is_file()]
+        lacking = [p for p in (row.image, row.masked, row.mask) if p is not None and not os.path.isfile(p)]
         if lacking:
             problems.append(f"{row.where}: {lacking[0]} is missing")
             continue
@@ -302,14 +312,14 @@ def _prompt_numbers(rows: list[Row], pictures: list[Tensor], masks: list[Tensor]
 
 
 def load(
-    path: str | Path, size: int, low: float = LOWEST, high: float = HIGHEST, truth: Truth | None = None
+    paths: str | Path | list[Path], size: int, low: float = LOWEST, high: float = HIGHEST, truth: Truth | None = None
 ) -> tuple[Ratings, list[str]]:
-    """The ratings of a folder, or of several (A,B), and a line for each that was left out. ValueError if none is left.
+    """The ratings of a folder, or of several as in `scan`, and a line for each that was left out. ValueError if none is left.
 
     Pictures become (3, size, size). A hole that touches any part of a pixel makes it hole. `truth` turns the scene that
     a row names into what the prompts carry as truth; without it, nothing is known of any scene.
     """
-    rows, problems = scan(path, low, high)
+    rows, problems = scan(paths, low, high)
     read_once = functools.cache(read_image)
     read: list[tuple[Row, Tensor, Tensor, Tensor | None]] = []
     unions: dict[Path, Tensor] = {}  # where no mask is named: what any completion changed
@@ -344,7 +354,8 @@ def load(
         masks.append(hole)
     if not usable:
         first = f"; the first of {len(problems)} problems: {problems[0]}" if problems else ""
-        raise ValueError(f"{path}: no usable rating{first}")
+        named = ",".join(map(str, _folders(paths)))
+        raise ValueError(f"{named}: no usable rating{first}")
     raters = torch.full((len(usable), max(len(r.labels) for r in usable)), math.nan, dtype=torch.float64)
     for line, row in zip(raters, usable):
         line[: len(row.labels)] = torch.tensor(row.labels, dtype=torch.float64)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models.tokenizer import SUBJECT  # "[V]" stands for the subject in every prompt
+from ..runtime.runlog import read_text
 from .pictures import read_folder
 
 
@@ -98,13 +99,12 @@ def dreambench_class(path: Path, name: str) -> str:
 
 
 def _read(path: Path) -> str:
-    """A text file, with or without the mark that Windows puts before UTF-8."""
-    if not path.is_file():  # nor a pipe, which would wait for ever
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: is not UTF-8 text; save it as such") from e
+    """The text of a list of prompts, with plain spaces. It is printed later: a sequence that steers a terminal must not
+    be in it."""
+    lines = ["".join(" " if c.isspace() else c for c in line) for line in read_text(path).split("\n")]
+    if wrong := [line for line in lines if not line.isprintable()]:
+        raise ValueError(f"{path}: holds a control character, in {wrong[0][:60]!r}")
+    return "\n".join(lines)
 
 
 def classes_file(folder: Path) -> Path | None:

@@ -115,9 +115,15 @@ def check_place(path: str | Path, flag: str) -> None:
     path = Path(path)
     if path.exists() or path.is_symlink():
         raise ValueError(f"{flag} {path}: is there already; name another file")
-    folder = next(p for p in path.absolute().parents if p.exists() or p.is_symlink())  # a link to nothing, too
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{flag} {path}: {folder} is no folder that can be written to")
+    check_folder(path.absolute().parent, f"{flag} {path}")
+
+
+def check_folder(folder: str | Path, name: str) -> None:
+    """Refuses, before the work, a folder that can neither be written to nor made; `name`: what asked for it."""
+    folder = Path(folder).absolute()
+    there = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())  # a link to nothing, too
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}: {there} is no folder that can be written to")
 
 
 def free_name(path: Path) -> Path:

@@ -14,9 +14,10 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
@@ -143,6 +144,11 @@ def parse(
     return config
 
 
+def several(paths: str) -> list[str]:
+    """What a flag names that takes one path or, separated by commas, several. One that exists may hold commas."""
+    return [paths] if os.path.exists(paths) else [path for path in paths.split(",") if path]
+
+
 def printable(text: str) -> str:
     """One line without control characters: a file's name must not be able to speak for the program."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -156,25 +162,44 @@ def one_line(text: str) -> str:
 
 
 class Steady:
-    """A stream that never ends a run: what its encoding lacks is escaped, and a closed end is nobody's fault."""
+    """A stream that never ends a run: what its encoding lacks is escaped, and a closed end is nobody's fault. `lost`:
+    the error by which something was, a full disk for example."""
 
     def __init__(self, stream: Any):
         self.stream = stream
+        self.lost: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        try:
+        with self._steady():
             encoding = getattr(self.stream, "encoding", None) or "utf-8"
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError, AttributeError):  # a full disk, a closed pipe, no stream at all
-            pass
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with self._steady():
             self.stream.flush()
+
+    @contextlib.contextmanager
+    def _steady(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:  # a full disk; a closed pipe, as of `| head`, wants no more
+            if not isinstance(e, BrokenPipeError):
+                self.lost = e
+        except (ValueError, AttributeError):  # a closed stream, or none at all
+            pass
+
+    def settle(self) -> None:
+        """At the end: what cannot be written is dropped, or Python would complain of it once more."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            try:
+                self.stream.flush()
+            except OSError:
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def isatty(self) -> bool:
         try:
@@ -189,6 +214,7 @@ def run_main(prog: str, main: Callable[[], None]) -> None:
     sys.stdout, sys.stderr = (s if isinstance(s, Steady) else Steady(s) for s in streams)
 
     def stop(message: str, code: int = 2) -> NoReturn:
+        traceback.clear_frames(sys.exc_info()[2])  # closes progress bars: the message is the last line
         print(one_line(f"{prog}: {message}"), file=sys.stderr)
         sys.exit(code)
 
@@ -198,7 +224,7 @@ def run_main(prog: str, main: Callable[[], None]) -> None:
     if threading.current_thread() is threading.main_thread():  # SIGTERM stops a run as Ctrl-C does
         signal.signal(signal.SIGTERM, interrupt)
     try:
-        main()
+        _run_and_print(main)
     except (ValueError, OSError) as e:
         stop(str(e))
     except (RuntimeError, MemoryError) as e:  # torch says of a CPU "can't allocate memory", of a GPU "out of memory"
@@ -208,4 +234,23 @@ def run_main(prog: str, main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         stop("interrupted; every file that was written is whole", 130)
     finally:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, Steady):  # not a test's own
+                stream.settle()
         sys.stdout, sys.stderr = streams
+
+
+def _run_and_print(main: Callable[[], None]) -> None:
+    """Runs main; OSError where what it printed was lost."""
+    left = None
+    try:
+        main()
+    except SystemExit as e:  # after --help, or where something is wrong with data
+        if e.code not in (None, 0, 1):
+            raise
+        left = e
+    sys.stdout.flush()
+    if lost := getattr(sys.stdout, "lost", None):
+        raise OSError(f"what it printed could not be written ({lost.strerror or lost})")
+    if left:
+        raise left

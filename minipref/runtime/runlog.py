@@ -29,12 +29,23 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def read_text(path: Path) -> str:
+    """A text file, with or without the mark that Windows puts before UTF-8. One line says what is wrong with it."""
+    if not path.is_file():  # nor a pipe, which would wait for ever
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: is not UTF-8 text ({e.reason} at byte {e.start}); save it as such") from None
+
+
 def read_json(path: Path) -> dict:
     """An object of a JSON file, empty where there is none. ValueError in one line where it cannot be read."""
     if not path.is_file():
         return {}
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not readable as JSON, cut short or damaged ({e})") from None
     if not isinstance(content, dict):
@@ -44,8 +55,9 @@ def read_json(path: Path) -> dict:
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl. ValueError in one line where it cannot be read."""
+    text = read_text(path)
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in text.splitlines()]
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not readable as lines of JSON, cut short or damaged ({e})") from None
 
