@@ -213,9 +213,7 @@ def _folders(paths: str | Path | list[Path]) -> list[Path]:
     return paths if isinstance(paths, list) else [paths]
 
 
-def scan(
-    paths: str | Path | list[Path], low: float = LOWEST, high: float = HIGHEST
-) -> tuple[list[Row], list[str]]:
+def scan(paths: str | Path | list[Path], low: float = LOWEST, high: float = HIGHEST) -> tuple[list[Row], list[str]]:
     """The rows of a folder of ratings, or of several (a list, or text A,B), and one line for each row that is left out.
 
     Raises FileNotFoundError or ValueError where there is nothing that can be read at all.
