@@ -213,9 +213,7 @@ def _folders(paths: str | Path | list[Path]) -> list[Path]:
     return paths if isinstance(paths, list) else [paths]
 
 
-def scan(
-    paths: str | Path | list[Path], low: float = LOWEST, high: float = HIGHEST
-) -> tuple[list[Row], list[str]]:
+def scan(paths: str | Path | list[Path], low: float = LOWEST, high: float = HIGHEST) -> tuple[list[Row], list[str]]:
     """The rows of a folder of ratings, or of several (a list, or text A,B), and one line for each row that is left out.
 
     Raises FileNotFoundError or ValueError where there is nothing that can be read at all.
@@ -314,7 +312,7 @@ def _prompt_numbers(rows: list[Row], pictures: list[Tensor], masks: list[Tensor]
 def load(
     paths: str | Path | list[Path], size: int, low: float = LOWEST, high: float = HIGHEST, truth: Truth | None = None
 ) -> tuple[Ratings, list[str]]:
-    """The ratings of a folder, or of several as in `scan`, and a line for each that was left out. ValueError if none is left.
+    """The ratings of a folder, or of several as in `scan`, and a line for each left out. ValueError if none is left.
 
     Pictures become (3, size, size). A hole that touches any part of a pixel makes it hole. `truth` turns the scene that
     a row names into what the prompts carry as truth; without it, nothing is known of any scene.
