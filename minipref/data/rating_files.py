@@ -352,8 +352,8 @@ def load(
         masks.append(hole)
     if not usable:
         first = f"; the first of {len(problems)} problems: {problems[0]}" if problems else ""
-        named = ",".join(map(str, _folders(paths)))
-        raise ValueError(f"{named}: no usable rating{first}")
+        folders = ",".join(map(str, _folders(paths)))
+        raise ValueError(f"{folders}: no usable rating{first}")
     raters = torch.full((len(usable), max(len(r.labels) for r in usable)), math.nan, dtype=torch.float64)
     for line, row in zip(raters, usable):
         line[: len(row.labels)] = torch.tensor(row.labels, dtype=torch.float64)
