@@ -12,7 +12,7 @@ import run as tutorial
 from helpers import schedule, stops_with
 from PIL import Image
 
-from minipref.commands import check_data
+from minipref.commands import check_data, evaluate, pretrain
 from minipref.data import rating_files, subjects
 from minipref.runs import KEYS, _fits, load_run, read_config
 from minipref.runtime.config import run_main, several
@@ -146,3 +146,22 @@ def test_the_message_is_the_last_line(capsys):
     with pytest.raises(SystemExit):
         run_main("p", lambda: [int("x") for _ in progress(range(3), "work")])
     assert capsys.readouterr().err.splitlines()[-1].startswith("p: invalid literal")
+
+
+def test_a_folder_that_cannot_be_written_to_names_its_flag(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for call in (claims.main, lambda argv: pretrain.main(["--small", *argv])):
+        line = f"--out {tmp_path / 'x' / 'y'}: {tmp_path} is no folder that can be written to"
+        stops_with(lambda c=call: c(["--out", str(tmp_path / "x" / "y")]), line, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_is_printed_before_it_is_written(tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(evaluate, "run_report", lambda cfg: ("| a table |", None, None, None))
+    monkeypatch.setattr(evaluate, "write_text", fails)
+    with pytest.raises(OSError, match="full"):
+        evaluate.main(["--run", str(tmp_path)])
+    assert "| a table |" in capsys.readouterr().out

@@ -168,8 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(cfg.run)
     if out.is_dir():
         check_folder(out, f"--run {out}: evaluation.md could not be put there")
-    text, *pictures = run_report(cfg)
+    text, prompts, base, aligned = run_report(cfg)
     print(text)  # first: whatever befalls the files, the work was not for nothing
     write_text(out / "evaluation.md", text)
-    rl_grid(out / "evaluation.png", *pictures, None)
+    rl_grid(out / "evaluation.png", prompts, base, aligned, None)
     print(f"written: {out / 'evaluation.md'}, {out / 'evaluation.png'}")

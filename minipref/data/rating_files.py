@@ -312,7 +312,7 @@ def _prompt_numbers(rows: list[Row], pictures: list[Tensor], masks: list[Tensor]
 def load(
     paths: str | Path | list[Path], size: int, low: float = LOWEST, high: float = HIGHEST, truth: Truth | None = None
 ) -> tuple[Ratings, list[str]]:
-    """The ratings of a folder, or of several as in `scan`, and a line for each that was left out. ValueError if none is left.
+    """The ratings of a folder, or of several as in `scan`, and a line for each left out. ValueError if none is left.
 
     Pictures become (3, size, size). A hole that touches any part of a pixel makes it hole. `truth` turns the scene that
     a row names into what the prompts carry as truth; without it, nothing is known of any scene.
@@ -352,8 +352,8 @@ def load(
         masks.append(hole)
     if not usable:
         first = f"; the first of {len(problems)} problems: {problems[0]}" if problems else ""
-        named = ",".join(map(str, _folders(paths)))
-        raise ValueError(f"{named}: no usable rating{first}")
+        folders = ",".join(map(str, _folders(paths)))
+        raise ValueError(f"{folders}: no usable rating{first}")
     raters = torch.full((len(usable), max(len(r.labels) for r in usable)), math.nan, dtype=torch.float64)
     for line, row in zip(raters, usable):
         line[: len(row.labels)] = torch.tensor(row.labels, dtype=torch.float64)
