@@ -189,6 +189,7 @@ def start(request, tmp_path):
     return str(folder), weights["best" if request.param == "train_rpo.py" else "last"]
 
 
+@pytest.mark.slow
 def test_training_begins_with_the_runs_weights(start, tmp_path, monkeypatch):
     """At a tiny learning rate the new run's weights are those that it began with; a run on that run opens, too."""
     folder, weights = start

@@ -60,7 +60,7 @@ def by_hand(steps, *, beta, switches, seed=0):
             return (unet(condition.unet_input(x_t), t, condition.context) - v).square().mean((1, 2, 3))
 
         said = [texts[i] for i in g]
-        mixed.append(len(set(said)) * len(set(r.tolist())))
+        mixed.append((len(set(r.tolist())), len(set(g.tolist())), len(set(said))))
         of_ref = instance if "instance" in switches else said
         theta_ref, theta_gen = error(policy, x_ref[r], ref, of_ref), error(policy, x_gen[g], gen, said)
         with torch.no_grad():
@@ -84,7 +84,9 @@ def by_hand(steps, *, beta, switches, seed=0):
         if "preference" in parts:
             parts |= {"margin": margin.mean(), "label": y.mean()}
         seen.append({k: v.item() for k, v in parts.items()} | {"loss": loss.item()})
-    assert max(mixed) == 4 or "dreambooth" in switches  # two prompts and two references in one update
+    assert (
+        steps < 3 or "dreambooth" in switches or mixed == [(2, 2, 2), (2, 2, 1), (2, 2, 2)]
+    )  # references, pictures, prompts
     R, G = len(shown), len(texts)
     every = chance(torch.arange(R).repeat_interleave(G), torch.arange(G).repeat(R))
     return policy, seen, every.mean().item()
@@ -101,9 +103,9 @@ def by_hand(steps, *, beta, switches, seed=0):
 def test_three_updates_are_those_of_the_papers_equations(tmp_path, switches):
     """A large beta, so that the preference counts: losses, margins, labels and weights agree with a second writing."""
     beta = {} if switches[-1:] in (("similarity",), ("dreambooth",)) else {"beta": 50.0}
-    summary = train(tmp_path / "x", *switches, updates=3, **beta)
+    summary = train(tmp_path / "x", *switches, updates=3, seed=14, **beta)
     rows = [json.loads(x) for x in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()][1:]
-    policy, seen, label = by_hand(3, beta=50.0, switches=switches)
+    policy, seen, label = by_hand(3, beta=50.0, switches=switches, seed=14)
     for row, expected in zip(rows, seen, strict=True):
         found = {k: v for k, v in row.items() if k not in ("step", "grad_norm") and not k.startswith("val_")}
         assert found == pytest.approx(expected, rel=2e-3, abs=2e-4)

@@ -182,6 +182,7 @@ def kl_by_hand(base, policy, schedule, trajectory, condition, sample, step):
     return ((means[0] - means[1]) ** 2).sum().item() / (2 * variance)
 
 
+@pytest.mark.slow
 def test_with_a_kl_weight_the_logged_kl_is_that_of_the_trained_steps(tmp_path, monkeypatch):
     """Two of three random steps of each sample stand for all three; every pair counts alike, however they are split.
 
@@ -233,6 +234,7 @@ def test_without_a_kl_weight_kl_is_measured_at_evaluations_over_all_steps_of_one
     assert log[3]["kl"] == pytest.approx(sum(every) / 3, rel=2e-3) and log[2]["kl"] > 0
 
 
+@pytest.mark.slow
 def test_trust_and_kl_change_the_update_and_can_be_switched_off(run, tmp_path, monkeypatch):
     folder, _ = run
     base = weights(folder)

@@ -78,6 +78,7 @@ def test_a_run_leaves_summary_pictures_and_weights(run):
     assert (config["script"], config["preset"], config["batch_size"]) == ("train_rpo.py", "small", 2)
 
 
+@pytest.mark.slow
 def test_each_lambda_keeps_and_judges_the_best_of_the_steps_that_were_validated(tmp_path, monkeypatch):
     """Each lambda's reward is given a peak of its own; best.pt, drawn and scored again, is the one of lambda_val's.
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from minipref.runtime.draw import save, to_image
@@ -14,6 +15,7 @@ from minipref.runtime.draw import save, to_image
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_without_toy_and_commands_rl_runs_on_pictures(tmp_path):
     shutil.copytree(
         ROOT / "minipref", tmp_path / "minipref", ignore=shutil.ignore_patterns("toy", "commands", "weights")
