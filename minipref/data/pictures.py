@@ -57,8 +57,8 @@ def _upright(path: str | Path) -> Image.Image:
             picture = opened
         if picture.mode in ("I;16", "I"):  # 16-bit grey: Pillow's convert would cut it off at 255
             grey = np.asarray(picture, dtype=np.float32)
-            grey = grey / 257 if grey.max() > 1 else grey  # of a mask of zeros and ones the ones stay
-            picture = Image.fromarray(grey.round().astype(np.uint8))
+            scale = 257 if grey.max() > 1 else 1  # of a mask of zeros and ones the ones stay
+            picture = Image.fromarray((grey / scale).round().astype(np.uint8))
         return picture.convert("RGBA")
 
 
