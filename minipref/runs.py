@@ -48,7 +48,7 @@ KEYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _fits(value: Any, limits: tuple | None) -> bool:
+def _within(value: Any, limits: tuple | None) -> bool:
     if limits is None:
         return isinstance(value, str)
     kind, low, high = limits
@@ -109,7 +109,7 @@ def load_run(
     if missing := set(KEYS[script]) - set(config):
         raise ValueError(f"{file}: no run of {script}, it lacks {', '.join(sorted(missing))}")
     for key, limits in KEYS[script].items():
-        if not _fits(config[key], limits):
+        if not _within(config[key], limits):
             raise ValueError(f"{file}: {key} is {str(config[key])[:60]!r}, which no run of {script} writes")
     if data and not config.get("data"):
         raise ValueError(f"--data {data}: {folder} had no pictures")
