@@ -14,7 +14,7 @@ from PIL import Image
 
 from minipref.commands import check_data, evaluate, pretrain
 from minipref.data import rating_files, subjects
-from minipref.runs import KEYS, _fits, load_run, read_config
+from minipref.runs import KEYS, _within, load_run, read_config
 from minipref.runtime.config import run_main, several
 from minipref.runtime.runlog import progress, read_text
 
@@ -36,7 +36,7 @@ def test_a_run_out_of_range_names_the_file_and_the_key(key, value, tmp_path, cap
 
 
 def test_a_run_as_scripts_write_it_is_in_range(tmp_path):
-    assert all(_fits(CONFIG[key], limits) for key, limits in KEYS["train_rl.py"].items())
+    assert all(_within(CONFIG[key], limits) for key, limits in KEYS["train_rl.py"].items())
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert read_config(tmp_path) == CONFIG
 
