@@ -133,6 +133,7 @@ def test_weight_decay_is_decoupled_from_the_gradient(tmp_path):
     assert all(torch.allclose(b[k] - a[k], 1e-3 * 20 * start[k], atol=1e-6) for k in start)
 
 
+@pytest.mark.slow
 def test_labels_drawn_or_not_leave_every_other_draw_alone(tmp_path):
     """With beta 0 the labels weigh nothing: the weights are those of similarity alone, bit for bit."""
     train(tmp_path / "drawn", "--no-soft-labels", beta=0)

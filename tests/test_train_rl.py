@@ -87,6 +87,7 @@ def test_a_run_leaves_the_folder_that_its_documentation_promises(run):
     assert Image.open(folder / "curves.png").size[0] > 600
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, tmp_path, monkeypatch):
     folder, summary = run
     again = train(tmp_path / "b", monkeypatch)
@@ -128,7 +129,7 @@ def gradients(out, monkeypatch, **changes):
     return seen
 
 
-@pytest.mark.parametrize("kl_weight", [0, 0.5])
+@pytest.mark.parametrize("kl_weight", [pytest.param(0, marks=pytest.mark.slow), 0.5])
 def test_micro_batching_gives_the_same_gradient(tmp_path, monkeypatch, kl_weight):
     whole = gradients(tmp_path / "a", monkeypatch, kl_weight=kl_weight, updates_per_epoch=1)
     changes = {"kl_weight": kl_weight, "updates_per_epoch": 1, "micro_batch": 5}  # 12 steps: 5, 5, 2

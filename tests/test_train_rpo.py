@@ -210,6 +210,7 @@ def test_the_first_preference_loss_is_log_two(run):
     assert first["preference"] == pytest.approx(0.693147, abs=1e-5) and first["margin"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(run, tmp_path):
     again = train(tmp_path / "again")
     assert same(weights(run[0]), weights(tmp_path / "again"))
