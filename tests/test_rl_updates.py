@@ -186,7 +186,7 @@ RUNS = {
         "eval_every": 3,
     },
     "one weight for all, no KL": {
-        "trust": "constant", "kl_weight": 0, "ema": 0, "lr": 1e-4, "clip_range": 0.02, "seed": 2, "held_out": 7,
+        "trust": "constant", "kl_weight": 0, "ema": 0.2, "lr": 1e-4, "clip_range": 0.02, "seed": 2, "held_out": 7,
         "epochs": 3, "eval_every": 2,
     },
     "own pictures": {
