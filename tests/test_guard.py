@@ -70,23 +70,25 @@ CALLS = []
 
 
 def exploited(images, prompts):
-    """A reward that rises with each call and is trusted less each time."""
+    """A reward that rises with each call; from the seventh on nothing is trusted, from the ninth on little is certain."""
     CALLS.append(len(images))
     n = float(len(CALLS))
     value = images.mean((1, 2, 3)) + n
-    return Scores(value, None, {"trusted": torch.full((len(images),), 1.0 if n < 7 else 0.0)})
+    trusted, bound = (torch.full((len(images),), x) for x in (float(n < 7), 0.0 if n < 9 else 10.0))
+    return Scores(value, None, {"trusted": trusted, "bound": bound})
 
 
 @pytest.mark.parametrize("floor, stopped", [(0.5, True), (0.0, False)])
 def test_a_run_stops_and_is_judged_by_its_best_believed_weights(tmp_path, monkeypatch, floor, stopped):
-    """Calls: twice before the first epoch, then training and evaluation each epoch: trust collapses in epoch 3."""
+    """Calls: twice before the first epoch, then training and evaluation each epoch: trust collapses in epoch 3. Without
+    a floor all is believed, but the last epoch's gain is smaller than its bound."""
     CALLS.clear()
     summary = train(tmp_path / "a", monkeypatch, reward=f"{__name__}:exploited", guard=floor, epochs=4, lr=0.01)
     rows = [json.loads(x) for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert summary["stopped"] == (3 if stopped else None) and rows[-1]["epoch"] == (3 if stopped else 4)
     assert [r["eval_trusted"] for r in rows][:4] == [1, 1, 1, 0]
     best, last = (load_unet(tmp_path / "a" / f"{k}.pt")[2]["epoch"] for k in ("best", "last"))
-    assert (best, last) == ((2, 3) if stopped else (4, 4))
+    assert (best, last) == ((2, 3) if stopped else (3, 4))
     assert summary["judged"] == ("best" if stopped else "last")
     (tmp_path / "a" / "summary.json").rename(tmp_path / "summary.json")  # a run that was cut off after the stop
     assert runs.judged_by(tmp_path / "a") == summary["judged"]
