@@ -70,7 +70,7 @@ CALLS = []
 
 
 def exploited(images, prompts):
-    """A reward that rises with each call; from the seventh on nothing is trusted, from the ninth on little is certain."""
+    """A reward that rises with each call; from the 7th on nothing is trusted, from the 9th on little is certain."""
     CALLS.append(len(images))
     n = float(len(CALLS))
     value = images.mean((1, 2, 3)) + n
