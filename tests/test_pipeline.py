@@ -140,6 +140,17 @@ def test_kl_to_the_base_is_that_of_means_apart_by_a_known_distance(shipped):
     assert len(terms) == 3 and kl.shape == (2,) and kl.tolist() == pytest.approx([sum(terms)] * 2, rel=1e-3)
     assert shipped.kl_to_base(shipped.unet, prompts, sampling, seed=0).tolist() == [0, 0]
 
+    empty = shipped.context([""])
+
+    def with_text(x, t, context):
+        """Off by d where there is a text: guided by 3, off by 3·d."""
+        named = (context != empty).flatten(1).any(1)[:, None, None, None]
+        return shipped.unet(x, t, context) + d * named
+
+    texts = text_prompts(["a red circle"] * 2)
+    kl = shipped.kl_to_base(with_text, texts, Sampling(4, eta=0.7, guidance=3.0), seed=0)
+    assert kl.tolist() == pytest.approx([9 * sum(terms)] * 2, rel=1e-3)
+
 
 def test_held_out_pictures_are_the_runs_under_the_masks_of_its_held_out_world(tmp_path):
     """Of ten pictures every fifth, in turn, from number 2 on; masks are those of the world that the run names."""
