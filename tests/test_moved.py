@@ -1,9 +1,11 @@
 """A run that was moved, stopped early or trained on from: its base model, its pictures and its weights are the right
 ones, or one line says what is missing."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,6 +189,17 @@ def start(request, tmp_path):
         weights[name] = {k: v + 0.01 * (1 + i) * (k == "conv_out.bias") for k, v in base.unet.state_dict().items()}
         checkpoint.save(folder / f"{name}.pt", "unet", base.unet.config, weights[name], meta=meta)
     return str(folder), weights["best" if request.param == "train_rpo.py" else "last"]
+
+
+def test_a_run_is_a_base_of_its_own(start):
+    """What is trained from it belongs to the very file that was taken, not to that run's own base."""
+    folder, weights = start
+    pipe = load_pipeline(folder, "cpu")
+    name = (
+        "best.pt" if json.loads((Path(folder) / "config.json").read_text())["script"] == "train_rpo.py" else "last.pt"
+    )
+    assert pipe.fingerprint == hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest()[:16]
+    assert near(pipe.unet.state_dict(), weights)
 
 
 @pytest.mark.slow

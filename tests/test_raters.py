@@ -1,6 +1,7 @@
 """The toy's raters: the gold rating that knows the truth, raters who stray from it, and the files of what they said."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -262,3 +263,14 @@ def test_widened_pictures_keep_known_pixels_and_stray_in_the_hole():
     known = (prompts.masks < 0.5).expand_as(made)
     assert torch.equal(wide[known], prompts.images[known]) and wide.min() >= 0 and wide.max() <= 1
     assert ((wide - made).abs().amax((1, 2, 3)) > 0).float().mean() > 0.9
+
+
+def test_a_seam_counts_by_how_far_its_step_exceeds_the_true_scenes_and_what_nobody_notices():
+    """A flat picture whose hole, its right half, is off by D: the step at each of the border's pixels is D."""
+    hole = torch.zeros(1, 32, 32, dtype=torch.bool)
+    hole[:, :, 16:] = True
+    flat = torch.full((1, 3, 32, 32), 0.5)
+    for D, excess in ((0.3, 0.26), (0.03, 0.0)):
+        off = torch.where(hole[:, None], flat + D / 3**0.5, flat)
+        assert raters._seam(off, flat, hole).item() == pytest.approx(math.exp(-excess / 0.25), abs=1e-5)
+        assert raters._seam(flat, off, hole).item() == 1  # smoother than the truth is no fault

@@ -309,3 +309,7 @@ def test_the_command_line_names_a_toy_subject_or_a_folder(tmp_path):
         subject, lists = train_rpo.load_subject(own, size)
         assert (subject.class_name, tuple(subject.references.shape)) == ("cup", (3, 3, size, size))
         assert list(map(len, lists)) == [2, 1, 4] and all(p.truth is None for part in lists for p in part)
+
+
+def test_references_are_called_by_the_subjects_token_and_their_class():
+    assert subjects.instance_prompt("dog") == "a photo of a [V] dog"
