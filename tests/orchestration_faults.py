@@ -356,7 +356,7 @@ SEEN_BY = {
     "minipref/data/masks.py": ["pipeline", "world", "draw", "rl_updates"],
     "minipref/data/ratings.py": ["ratings", "reward_updates", "reward_model", "train_reward"],
     "minipref/data/rating_files.py": ["ratings", "check_data", "nothing_silent"],
-    "minipref/data/pictures.py": ["nothing_silent", "check_data", "ratings", "rl_updates"],
+    "minipref/data/pictures.py": ["nothing_silent", "check_data", "ratings", "house", "rl_updates"],
     "minipref/data/subjects.py": ["subjects", "rpo", "train_rpo", "rpo_updates"],
     "minipref/toy/subjects.py": ["subjects", "train_rpo"],
     "minipref/toy/world.py": ["world", "rl_updates", "train_reward"],

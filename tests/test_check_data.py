@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from minipref.commands import check_data
+from minipref.data.pictures import walk
 from minipref.runtime.config import run_main
 from minipref.toy.raters import rate_completions
 from minipref.toy.world import prompt_source
@@ -54,3 +55,12 @@ def test_check_data_knows_folders_of_pictures(tmp_path, capsys):
     code, said = stopped(lambda: check_data.main([str(tmp_path)]), capsys)
     assert code == 1 and "3 readable" in said.out and "1 pictures are copies of others" in said.out
     assert "bad.jpg: not a readable picture" in said.out and "2.png: a single flat colour" in said.out
+
+
+def test_pictures_come_in_the_order_of_their_paths(tmp_path):
+    """Which of them are held out depends on it: folders stand among the files, whatever the system lists first."""
+    for name in ("z.png", "b/y.png", "a0.png", "a/2.png", "a/10.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [p.relative_to(tmp_path).as_posix() for p in walk(tmp_path)]
+    assert found == ["a/10.png", "a/2.png", "a0.png", "b/y.png", "z.png"]

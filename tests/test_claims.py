@@ -176,7 +176,7 @@ def test_the_trust_weights_are_compared_seed_by_seed(tmp_path, monkeypatch):
         asked.append((script, " ".join(flags)))
         seed, trust = int(flags[1]), flags[-1]
         ways = {"off": (0.0, 0.4, 1.0), "exponential": (0.0, 0.8, 1.0), "constant": (0.0, 0.4, 0.9 - 0.1 * seed)}
-        rows = [{"epoch": 20 * i, "eval_reward": r} for i, r in enumerate(ways[trust])]
+        rows = [{"epoch": 20 * i, "eval_reward": 2 + r} for i, r in enumerate(ways[trust])]  # the gain counts
         done = {
             "gold_after": 5 + seed + 0.5 * (trust == "exponential"),
             "reward_after": 1.0,

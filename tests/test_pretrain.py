@@ -124,7 +124,14 @@ def test_most_training_times_are_noisy_ones_and_all_occur():
 def test_pretraining_runs_from_nothing_to_a_model_that_samples(tmp_path, monkeypatch):
     """A few updates of each part; the files that it leaves are those that the main job loads."""
     small = "--clip-steps 3 --clip-batch 8 --unet-steps 3 --unet-batch 4 --out"
-    pretrain.main(["--small", *small.split(), str(tmp_path)])
+    contrasted, loss = [], pretrain.clip_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pretrain, "clip_loss", lambda a, b, s: contrasted.append((a.detach(), b.detach())) or loss(a, b, s)
+        )
+        pretrain.main(["--small", *small.split(), str(tmp_path)])
+    for (image, text), (again, twin) in zip(contrasted[::2], contrasted[1::2], strict=True):
+        assert torch.equal(image, again) and not torch.equal(image, twin) and not torch.equal(text, twin)
     figures = json.loads((tmp_path / "pretrain.json").read_text())
     assert list(figures) == ["clip", "unet"] and {p.name for p in tmp_path.glob("*.pt")} == {"clip.pt", "unet.pt"}
     pipe, prompts = Pipeline.load(tmp_path), scene_prompts(0, 0, 2)

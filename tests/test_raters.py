@@ -274,3 +274,16 @@ def test_a_seam_counts_by_how_far_its_step_exceeds_the_true_scenes_and_what_nobo
         off = torch.where(hole[:, None], flat + D / 3**0.5, flat)
         assert raters._seam(off, flat, hole).item() == pytest.approx(math.exp(-excess / 0.25), abs=1e-5)
         assert raters._seam(flat, off, hole).item() == 1  # smoother than the truth is no fault
+
+
+def test_raters_see_completions_and_originals_half_of_the_time_each():
+    """Flat pictures that smoothing leaves alone, a quarter of all: about half of those are completions (black), half
+    originals (white). Of 400 an eighth is 50, with a standard deviation of 6.6: beyond 17 to 83 with probability 6e-7.
+    """
+    prompts = scene_prompts(900_000, 0, 4)
+    ones = torch.ones_like(prompts.images)
+    prompts = replace(prompts, images=ones, masks=ones[:, :1]).select([0] * 400)  # all is hole
+    made = raters.widen(torch.zeros_like(prompts.images), prompts, torch.Generator().manual_seed(0))
+    same = made.flatten(1).amax(1) - made.flatten(1).amin(1) == 0
+    black, white = ((made.flatten(1)[:, 0] == v) & same for v in (0.0, 1.0))
+    assert 17 <= int(black.sum()) - 6 <= 83 and int(white.sum()) >= 17  # tints make about six more black

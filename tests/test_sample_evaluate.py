@@ -377,3 +377,11 @@ def test_completions_do_not_depend_on_how_the_batch_is_split():
     assert torch.allclose(whole, parts, atol=1e-4)
     late = pipe.complete(pipe.unet, prompts.select([4, 5]), Sampling(3), seed=1, stream=2, first=4)
     assert torch.allclose(whole[4:], late, atol=1e-4)
+
+
+def test_sample_completes_the_first_held_out_prompts_under_the_text_that_it_is_given():
+    asked = sample.SampleConfig(prompt="a red circle", count=3)
+    found = sample.requested_prompts(asked, {"held_out": 4}, 32)
+    first = scene_prompts(5 * 1_000_003 + 4, 0, 3)
+    assert torch.equal(found.images, first.images) and torch.equal(found.masks, first.masks)
+    assert found.texts == ["a red circle"] * 3
