@@ -232,7 +232,8 @@ def test_the_epochs_are_those_of_the_papers_equations(name, tmp_path, monkeypatc
         assert ("eval_reward" in rows[epoch], "kl" in rows[epoch]) == ("eval_reward" in expected, "kl" in expected)
     expected = second.summary()
     ends, (lo, hi) = expected.pop("win_rate_ci"), summary["win_rate_ci"]
-    assert {k: summary[k] for k in expected} == pytest.approx(expected, rel=2e-3, abs=1e-3)
+    for k, v in expected.items():  # a reward's scale is 1, and its mean may be near 0
+        assert summary[k] == pytest.approx(v, rel=2e-3, abs=1e-3 if k.startswith("reward_") else 1e-4), k
     assert [lo, hi] == pytest.approx(ends, abs=1e-6) and summary["judge"] == ("gold" if pictures is None else "reward")
     found["last"], start = second.average.state_dict(), second.base.state_dict()
     for file, state in found.items():
